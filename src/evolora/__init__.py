@@ -1,0 +1,59 @@
+"""Evolora: teach a frozen, pretrained multimodal model task after task with low-rank experts."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from evolora.config import load_stream
+    from evolora.learner import Answer, Evaluation, Learner
+    from evolora.methods.full_finetuning import FullFinetuningConfig as FullFinetuning
+    from evolora.methods.linear_probe import LinearProbeConfig as LinearProbe
+    from evolora.methods.lora import JointLoRAConfig as JointLoRA
+    from evolora.methods.lora import LoRAPerTaskConfig as LoRAPerTask
+    from evolora.methods.lora import SequentialLoRAConfig as SequentialLoRA
+    from evolora.methods.moe_adapters import MoEAdaptersConfig as MoEAdapters
+    from evolora.methods.zero_shot import ZeroShotConfig as ZeroShot
+    from evolora.training.config import TrainingConfig
+
+_PUBLIC = {
+    "Answer": ("evolora.learner", "Answer"),
+    "Evaluation": ("evolora.learner", "Evaluation"),
+    "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
+    "JointLoRA": ("evolora.methods.lora", "JointLoRAConfig"),
+    "Learner": ("evolora.learner", "Learner"),
+    "LinearProbe": ("evolora.methods.linear_probe", "LinearProbeConfig"),
+    "LoRAPerTask": ("evolora.methods.lora", "LoRAPerTaskConfig"),
+    "MoEAdapters": ("evolora.methods.moe_adapters", "MoEAdaptersConfig"),
+    "SequentialLoRA": ("evolora.methods.lora", "SequentialLoRAConfig"),
+    "TrainingConfig": ("evolora.training.config", "TrainingConfig"),
+    "ZeroShot": ("evolora.methods.zero_shot", "ZeroShotConfig"),
+    "load_stream": ("evolora.config", "load_stream"),
+}
+
+__all__ = [
+    "Answer",
+    "Evaluation",
+    "FullFinetuning",
+    "JointLoRA",
+    "Learner",
+    "LinearProbe",
+    "LoRAPerTask",
+    "MoEAdapters",
+    "SequentialLoRA",
+    "TrainingConfig",
+    "ZeroShot",
+    "__version__",
+    "load_stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that ``import evolora`` does not import torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'evolora' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,162 @@
+"""Banks of low-rank experts: stacked factors of one site, frozen part and trainable part apart.
+
+Layout (specs: one storage, no copies for any formulation): A is (e, r, d_in) and B is
+(e, r, d_out), both contiguous, so gather, stack and sorted forms all read the same buffers.
+A bank knows nothing of tasks: rows are experts, identified by 0..e-1 in order of creation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class GrowingStack(nn.Module):
+    """Rows of equal shape, of which some are frozen for good and the others are trainable.
+
+    Frozen rows live in a buffer and never see an optimizer; trainable rows live in one Parameter.
+    A row keeps its identifier (order of creation) when it moves from one to the other.
+
+    Args:
+        shape: shape of one row.
+    """
+
+    frozen: Tensor
+    slot: Tensor
+
+    def __init__(self, *shape: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.active = _parameter(torch.empty(0, *shape, device=device))
+        self.register_buffer("frozen", torch.empty(0, *shape, device=device))
+        self.register_buffer("slot", torch.empty(0, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return int(self.slot.shape[0])
+
+    def grow(self, rows: Tensor) -> None:
+        """Append trainable rows (n, *shape)."""
+        start = self.frozen.shape[0] + self.active.shape[0]
+        new = torch.arange(start, start + rows.shape[0])
+        rows = rows.to(self.active.device, self.active.dtype)
+        self.active = _parameter(torch.cat([self.active.detach(), rows]))
+        self.slot = torch.cat([self.slot, new.to(self.slot.device)])
+
+    def freeze(self, ids: Iterable[int]) -> None:
+        """Move rows to the frozen part, bit for bit; rows frozen before stay as they are."""
+        slot = self.slot.tolist()
+        count = self.frozen.shape[0]
+        leaving = [row for row in sorted(set(ids)) if slot[row] >= count]
+        staying = [row for row, place in enumerate(slot) if place >= count and row not in leaving]
+        before = [row for row, place in enumerate(slot) if place < count]
+        before.sort(key=lambda row: slot[row])
+        every = self.all().detach()
+        self.frozen = every[before + leaving].clone()
+        self.active = _parameter(every[staying].clone())
+        order = before + leaving + staying
+        new_slot = torch.empty(len(slot), dtype=torch.long)
+        new_slot[torch.tensor(order, dtype=torch.long)] = torch.arange(len(slot))
+        self.slot = new_slot.to(self.slot.device)
+
+    def widen(self, size: int) -> None:
+        """Pad the last axis of every row with zeros to ``size``; what was there stays bit for bit."""
+        extra = size - self.shape[-1]
+        self.shape = (*self.shape[:-1], size)
+        self.frozen = torch.nn.functional.pad(self.frozen, (0, extra))
+        self.active = _parameter(torch.nn.functional.pad(self.active.detach(), (0, extra)))
+
+    def frozen_ids(self) -> list[int]:
+        """Return the identifiers of frozen rows, ascending."""
+        count = self.frozen.shape[0]
+        return [row for row, place in enumerate(self.slot.tolist()) if place < count]
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Return rows ``ids`` (any shape s) as (*s, *shape); gradients reach trainable rows only."""
+        if self.active.shape[0] == 0:
+            return self.frozen[self.slot[ids]]
+        if self.frozen.shape[0] == 0:
+            return self.active[self.slot[ids]]
+        return torch.cat([self.frozen, self.active])[self.slot[ids]]
+
+    def all(self) -> Tensor:
+        """Return every row in the order of the identifiers, (e, *shape)."""
+        if self.frozen.shape[0] == 0:
+            return self.active
+        return torch.cat([self.frozen, self.active])[self.slot]
+
+
+class ExpertBank(nn.Module):
+    """Low-rank experts of one site: E_i(x) = scale * (act(x A_i^T + a_i) B_i + b_i).
+
+    Args:
+        d_in, d_out: widths of the site's input and output.
+        r: rank (bottleneck width).
+        bias: whether experts have the biases a_i (r) and b_i (d_out), as MoE-Adapters' do.
+        activation: "relu" for bottleneck experts, None for LoRA (a linear expert).
+        scale: constant factor of the output (lora_alpha / r for a LoRA).
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        r: int,
+        *,
+        bias: bool = False,
+        activation: str | None = None,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_in, self.d_out, self.r = d_in, d_out, r
+        self.activation, self.scale = activation, scale
+        self.A = GrowingStack(r, d_in, device=device)
+        self.B = GrowingStack(r, d_out, device=device)
+        self.down_bias = GrowingStack(r, device=device) if bias else None
+        self.up_bias = GrowingStack(d_out, device=device) if bias else None
+
+    def __len__(self) -> int:
+        return len(self.A)
+
+    def stacks(self) -> list[GrowingStack]:
+        """Return the growing tensors, which always hold the same experts."""
+        return [s for s in (self.A, self.B, self.down_bias, self.up_bias) if s is not None]
+
+    def grow(self, count: int, generator: torch.Generator | None = None) -> list[int]:
+        """Append ``count`` experts that output exactly zero; return their identifiers.
+
+        A is Kaiming-uniform with a = sqrt(5), i.e. uniform in +-1/sqrt(d_in); B and biases are zero.
+        """
+        device = self.A.active.device
+        rows = torch.empty(count, self.r, self.d_in, device=device)
+        if device.type != "meta":
+            bound = 1.0 / math.sqrt(self.d_in)
+            drawn = torch.rand(count, self.r, self.d_in, generator=generator)
+            rows = (drawn * 2 * bound - bound).to(device)
+        first = len(self)
+        self.A.grow(rows)
+        for stack in self.stacks()[1:]:
+            stack.grow(torch.zeros(count, *stack.shape, device=device))
+        return list(range(first, first + count))
+
+    def freeze(self, ids: Iterable[int]) -> None:
+        """Freeze experts for good: bit for bit what they are now."""
+        chosen = list(ids)
+        for stack in self.stacks():
+            stack.freeze(chosen)
+
+    def frozen_ids(self) -> list[int]:
+        """Return the identifiers of frozen experts, ascending."""
+        return self.A.frozen_ids()
+
+    def parameters_per_expert(self) -> int:
+        """Return the number of values one expert stores."""
+        return sum(math.prod(stack.shape) for stack in self.stacks())
+
+
+def _parameter(rows: Tensor) -> nn.Parameter:
+    """An empty Parameter asks for no gradient, so that it never enters an optimizer or a reducer."""
+    return nn.Parameter(rows, requires_grad=rows.numel() > 0)

@@ -1,0 +1,41 @@
+"""Usage: how often each expert of each site was chosen, the one thing a forward pass may record."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class UsageCounter(nn.Module):
+    """Integer counts per expert, kept as a buffer so that they are saved and resumed with the rest.
+
+    Args:
+        experts: size of the pool.
+    """
+
+    counts: Tensor
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(experts, dtype=torch.long))
+        self.replicated = False
+        """True where every process of a distributed run sees the same rows (class prompts)."""
+
+    def add(self, ids: Tensor, gates: Tensor) -> None:
+        """Count every expert with a gate other than zero once per row; ids and gates (b, k)."""
+        chosen = ids[gates != 0] if ids.shape == gates.shape else ids.flatten()
+        self.counts += torch.bincount(chosen.to(self.counts.device), minlength=self.counts.shape[0])
+
+    def reset(self) -> None:
+        """Forget all counts (done at the start of every task)."""
+        self.counts.zero_()
+
+    def widen(self, experts: int) -> None:
+        """Make room for a pool that has grown to ``experts``."""
+        self.counts = torch.nn.functional.pad(self.counts, (0, experts - len(self.counts)))
+
+    def most_used(self, count: int) -> list[int]:
+        """Return the ``count`` most used experts; ties go to the smaller index, unused ones never."""
+        order = torch.sort(self.counts, descending=True, stable=True)
+        pairs = zip(order.indices.tolist(), order.values.tolist(), strict=True)
+        return [expert for expert, uses in list(pairs)[:count] if uses > 0]

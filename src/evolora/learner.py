@@ -1,0 +1,429 @@
+"""Learner: a frozen model, a method and what has been learned so far. The library's front door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from evolora.backbones.base import Backbone
+from evolora.errors import ConfigError, DataError
+from evolora.evaluation.cost import Cost, measure_cost
+from evolora.methods.base import Method, Objective
+from evolora.routing.route import BASE
+from evolora.streams.images import read_image
+from evolora.streams.task import Example, Examples, LabelSpace, Subset, Task
+from evolora.training.batches import Share, TrainingBatches, evaluation_batches
+from evolora.training.config import TrainingConfig
+from evolora.training.loop import TaskRun, train_task
+from evolora.training.progress import Reporter
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+HELD_OUT_SHARE = 0.1
+"""Share of a task's training samples kept for calibration when it brings no validation split."""
+SELECTOR_SAMPLES = 4096
+"""At most so many training samples teach a selector; more do not change its statistics."""
+BASE_NAME = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the learner says about one input.
+
+    Args:
+        label: class name.
+        score: its probability among the classes considered, in [0, 1].
+        task: name of the task whose experts answered, or "base".
+        top: (class name, probability) of the five best, best first.
+    """
+
+    label: str
+    score: float
+    task: str
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How one task's test set was answered.
+
+    Args:
+        score: accuracy in [0, 1].
+        samples: number of test samples.
+        routes: who answered -> number of samples ("base" or a task's name).
+    """
+
+    score: float
+    samples: int
+    routes: Mapping[str, int]
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a learner stands inside a task, for checkpoints.
+
+    Args:
+        step: optimizer steps done.
+        moments: optimizer state at that step.
+    """
+
+    step: int = 0
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Learner:
+    """Teaches a frozen model task after task.
+
+    Args:
+        model: a ``transformers`` model (``CLIPModel``, ``SiglipModel``) or a :class:`Backbone`.
+        processor: the model's processor; not needed with a Backbone.
+        method: an instance of a method's configuration, e.g. ``evolora.MoEAdapters(r=16)``.
+        training: how each task is trained.
+        seed: run seed.
+        evaluation_batch_size: samples per forward in evaluation and prediction.
+        accelerator: the runtime; made from ``training`` when None.
+        reporter: progress and log; silent when None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Backbone,
+        processor: Any | None = None,
+        *,
+        method: Any,
+        training: TrainingConfig | None = None,
+        seed: int = 0,
+        evaluation_batch_size: int = 64,
+        accelerator: Accelerator | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        from evolora.backbones.clip import DualEncoder
+        from evolora.config import build_method
+        from evolora.training.runtime import build_accelerator, share_of
+
+        self.training = training or TrainingConfig()
+        self.seed = seed
+        self.evaluation_batch_size = evaluation_batch_size
+        self.accelerator = accelerator or build_accelerator(self.training)
+        self.share: Share = share_of(self.accelerator)
+        if not isinstance(model, Backbone):
+            name = getattr(getattr(model, "config", None), "_name_or_path", "")
+            model = DualEncoder(model, processor, name=name)
+        self.backbone = model.to(self.accelerator.device)
+        self.method: Method = build_method(method, self.backbone, seed=seed)
+        self.method.to(self.accelerator.device)
+        self.method.objective = Objective(
+            label_smoothing=self.training.label_smoothing_factor,
+            max_classes=self.training.max_classes_per_step,
+        )
+        self.reporter = reporter or Reporter()
+        self.costs: list[Cost] = []
+
+    # -- learning --------------------------------------------------------------------------------
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks learned so far."""
+        return self.method.task_names
+
+    def begin(self, task: Task) -> None:
+        """Allocate what a new task needs (the first half of :meth:`learn`)."""
+        if task.name in self.task_names:
+            raise ConfigError(
+                f"task {task.name!r} is already learned (learned: {', '.join(self.task_names)})"
+            )
+        self.method.begin_task(task.name, task.labels)
+
+    def learn(
+        self,
+        task: Task,
+        *,
+        progress: Progress | None = None,
+        save: Callable[[int, Mapping[str, Tensor]], None] | None = None,
+    ) -> float | None:
+        """Learn a task to the end and return the last training loss (None if nothing trains).
+
+        Args:
+            task: what to learn.
+            progress: where an interrupted learning of this task stopped; its allocation is done then.
+            save: called at checkpoints with (steps done, optimizer state).
+        """
+        if progress is None:
+            self.begin(task)
+        index = len(self.task_names) - 1
+        train, held_out = split_held_out(task)
+        run = self._task_run(task.name, [(index, train)], self.training.max_steps)
+        loss = self._train(run, progress, save)
+        self._finish(index, train, held_out)
+        self._settle()
+        return loss
+
+    def learn_jointly(
+        self,
+        tasks: Sequence[Task],
+        *,
+        progress: Progress | None = None,
+        save: Callable[[int, Mapping[str, Tensor]], None] | None = None,
+    ) -> float | None:
+        """Learn several tasks at once, each step a batch of one of them in turn; as many steps each."""
+        if progress is None:
+            for task in tasks:
+                self.begin(task)
+        parts = [(index, split_held_out(task)[0]) for index, task in enumerate(tasks)]
+        run = self._task_run("all tasks", parts, self.training.max_steps * len(tasks))
+        loss = self._train(run, progress, save)
+        self.method.finish_task()
+        self._settle()
+        return loss
+
+    def _task_run(self, title: str, parts: Sequence[tuple[int, Examples]], steps: int) -> TaskRun:
+        feeds = [
+            TrainingBatches(
+                data, self.backbone, self.training, seed=self.seed, task=index, share=self.share
+            )
+            for index, data in parts
+        ]
+        rate = self.training.learning_rates.get(title, self.training.learning_rate)
+
+        def batches(step: int) -> Any:
+            return feeds[0].from_step(step) if len(feeds) == 1 else _in_turn(feeds, step)
+
+        return TaskRun(
+            method=self.method,
+            batches=batches,
+            config=self.training,
+            base_rate=rate,
+            title=title,
+            total_steps=steps,
+        )
+
+    def _train(
+        self,
+        run: TaskRun,
+        progress: Progress | None,
+        save: Callable[[int, Mapping[str, Tensor]], None] | None,
+    ) -> float | None:
+        self.backbone.forget_classes()
+        place = progress or Progress()
+        loss = train_task(
+            run,
+            self.accelerator,
+            self.reporter,
+            start=place.step,
+            moments=place.moments,
+            save=save,
+        )
+        self.reduce_usage()
+        self.costs.append(measure_cost(self.method))
+        return loss
+
+    def _settle(self) -> None:
+        """Note what the finished task leaves to be stored."""
+        after = measure_cost(self.method)
+        self.costs[-1] = replace(after, trainable_parameters=self.costs[-1].trainable_parameters)
+
+    def reduce_usage(self) -> None:
+        """Sum the usage counts of all processes (those of replicated rows are equal already)."""
+        if self.share.count == 1:
+            return
+        for counter in self.method.counters().values():
+            if not counter.replicated:
+                device = self.accelerator.device
+                total = self.accelerator.reduce(counter.counts.to(device), reduction="sum")
+                counter.counts = total.to(counter.counts.device)
+
+    def _finish(self, index: int, train: Examples, held_out: Examples) -> None:
+        """Freeze the task and teach the selector to recognise it."""
+        self.method.finish_task()
+        feature = self.method.selector.feature
+        if feature is None:
+            return
+        count = min(len(train), SELECTOR_SAMPLES)
+        rows = [row * len(train) // count for row in range(count)]
+        self.method.selector.learn(
+            index,
+            self.features(Subset(train, rows), feature),
+            self.features(held_out, feature),
+            self.seed,
+        )
+
+    @torch.no_grad()
+    def features(self, data: Examples, name: str) -> Tensor:
+        """Return the frozen base's routing features (n, f) of a data set."""
+        parts = []
+        size = self.evaluation_batch_size
+        with self.reporter.bar("features", len(data)) as bar:
+            for batch in evaluation_batches(data, self.backbone, size, range(len(data))):
+                encoded = self.backbone.encode_base(batch)
+                parts.append(self.method.routing_features(batch, encoded)[name].cpu())
+                bar.advance(len(batch))
+        return torch.cat(parts)
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def evaluate(
+        self, task: Task, *, labels: LabelSpace | None = None, offset: int = 0
+    ) -> Evaluation:
+        """Answer a task's test set, task-free, and return how well.
+
+        Args:
+            task: learned or not.
+            labels: what to choose from; the task's own classes when None.
+            offset: index of the task's first class in ``labels``.
+        """
+        self.method.eval()
+        space = labels or task.labels
+        oracle = self.task_names.index(task.name) if task.name in self.task_names else None
+        counts = torch.zeros(len(self.task_names) + 2, dtype=torch.long)  # correct, base, tasks...
+        rows = self._own_range(len(task.test))
+        size = self.evaluation_batch_size
+        with self.reporter.bar(f"test {task.name}", len(rows)) as bar:
+            for batch in evaluation_batches(task.test, self.backbone, size, rows):
+                predicted = self.method.predict(batch, space, oracle=oracle)
+                counts[0] += int((predicted.labels == batch.labels + offset).sum())
+                answered = predicted.tasks.cpu() + 1
+                counts[1:] += torch.bincount(answered, minlength=len(self.task_names) + 1)
+                bar.advance(len(batch))
+        reduced: Tensor = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
+        correct, base, *tasks = reduced.tolist()
+        names = [BASE_NAME, *self.task_names]
+        routes = {name: n for name, n in zip(names, [base, *tasks], strict=True) if n}
+        return Evaluation(score=correct / len(task.test), samples=len(task.test), routes=routes)
+
+    def _own_range(self, rows: int) -> range:
+        """Return this process's contiguous part of a test set."""
+        count, index = self.share.count, self.share.index
+        return range(rows * index // count, rows * (index + 1) // count)
+
+    # -- answering -------------------------------------------------------------------------------
+
+    def predict(self, images: Any, *, classes: Sequence[str] | None = None) -> list[Answer]:
+        """Answer each image on its own, without being told its task.
+
+        Args:
+            images: one image or a list: file names, bytes, PIL images or uint8 arrays.
+            classes: class names to choose from, with the templates of the task that answers. None
+                lets the task that answers choose among its own classes; the base chooses among all
+                classes of all learned tasks.
+
+        Raises:
+            DataError: nothing was given, or an image cannot be read (the message names it).
+        """
+        sources = list(images) if isinstance(images, list | tuple) else [images]
+        if not sources:
+            raise DataError("no images were given; pass at least one file, image or array")
+        examples = [
+            Example(inputs={"image": read_image(source)}, label=0, key=str(index))
+            for index, source in enumerate(sources)
+        ]
+        self.method.eval()
+        answers: list[Answer] = []
+        for start in range(0, len(examples), self.evaluation_batch_size):
+            batch = self.backbone.collate(examples[start : start + self.evaluation_batch_size])
+            answers.extend(self._answers(batch, classes))
+        return answers
+
+    def _answers(self, batch: Any, classes: Sequence[str] | None) -> list[Answer]:
+        with torch.no_grad():
+            encoded, tasks = self.method.route(batch)
+        answers: list[Answer | None] = [None] * len(batch)
+        for task in torch.unique(tasks).tolist():
+            space = self.answer_space(task, classes)
+            rows = torch.nonzero(tasks == task).squeeze(1)
+            with torch.no_grad():
+                part = encoded.take(rows) if encoded is not None else None
+                scores = self.method.answer(batch.take(rows), part, tasks[rows], space).scores
+            for row, values in zip(rows.tolist(), scores, strict=True):
+                answers[row] = _answer(values, space, self._task_name(task))
+        return [answer for answer in answers if answer is not None]
+
+    def answer_space(self, task: int, classes: Sequence[str] | None) -> LabelSpace:
+        """Return what an answer of ``task`` (or BASE) is chosen from, see :meth:`predict`."""
+        if not self.method.labels and classes is None:
+            raise DataError("nothing is learned yet; pass classes=[...] to ask the base model")
+        known = self.method.labels
+        separate = task != BASE and self.method.routing == "task-free"
+        if classes is not None:
+            return (
+                LabelSpace(classes=tuple(classes))
+                if not separate
+                else replace(known[task], classes=tuple(classes))
+            )
+        if separate:
+            return known[task]
+        names = dict.fromkeys(name for labels in known for name in labels.classes)
+        return LabelSpace(classes=tuple(names))
+
+    def _task_name(self, task: int) -> str:
+        return BASE_NAME if task == BASE else self.task_names[task]
+
+    # -- keeping ---------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the portable artefact (safetensors, JSON, model card) into a folder."""
+        from evolora.storage.artefact import save_artefact
+
+        if self.accelerator.is_main_process:
+            save_artefact(self, Path(folder))
+        self.accelerator.wait_for_everyone()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        model: nn.Module | Backbone | None = None,
+        processor: Any | None = None,
+    ) -> Learner:
+        """Return a learner from an artefact; needs no training data.
+
+        Args:
+            folder: what :meth:`save_pretrained` or ``evolora run`` wrote.
+            model: the backbone; None loads the one the artefact names.
+            processor: its processor.
+
+        Raises:
+            StorageError: missing or corrupt, or the backbone's weights are not those it was made on.
+        """
+        from evolora.storage.artefact import load_artefact
+
+        return load_artefact(Path(folder), model, processor)
+
+
+def split_held_out(task: Task) -> tuple[Examples, Examples]:
+    """Return (train, held out): the task's validation split, or a tenth of its training samples."""
+    if len(task.val):
+        return task.train, task.val
+    count = len(task.train)
+    held = set(range(0, count, round(1 / HELD_OUT_SHARE)))
+    if len(held) == count:
+        return task.train, task.train
+    kept = [row for row in range(count) if row not in held]
+    return Subset(task.train, kept), Subset(task.train, sorted(held))
+
+
+def _in_turn(feeds: Sequence[TrainingBatches], step: int) -> Any:
+    """Yield steps of several tasks in turn: overall step s is step s // t of task s % t."""
+    count = len(feeds)
+    micro = feeds[0].config.gradient_accumulation_steps
+    sources = [
+        feed.from_step((step + count - 1 - index) // count) for index, feed in enumerate(feeds)
+    ]
+    total = feeds[0].config.max_steps * count
+    for overall in range(step, total):
+        for _ in range(micro):
+            yield next(sources[overall % count])
+
+
+def _answer(scores: Tensor, space: LabelSpace, task: str) -> Answer:
+    values, indices = scores.topk(min(5, len(space.classes)))
+    top = tuple(
+        (space.classes[index], float(value))
+        for index, value in zip(indices.tolist(), values, strict=True)
+    )
+    return Answer(label=top[0][0], score=top[0][1], task=task, top=top)

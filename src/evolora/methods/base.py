@@ -1,0 +1,259 @@
+"""Method: what every continual learner shares, so that one method = one short readable file.
+
+A method is an ``nn.Module`` whose parameters and buffers are exactly what it adds to the frozen
+backbone: its state dict is what is saved, and ``parameters()`` is what trains. The lifecycle
+(tasks, freezing, counting, inference) is here; a method file says which experts stand where, which
+gate mixes them, who recognises the task, and what is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.errors import ConfigError
+from evolora.experts.sites import ExpertLayer, Site
+from evolora.experts.usage import UsageCounter
+from evolora.routing.features import AlexNetFeatures
+from evolora.routing.route import BASE, Route
+from evolora.routing.selector import AlwaysSelector, Selector
+from evolora.streams.task import LabelSpace
+
+Routing = Literal["task-free", "oracle", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """How class logits become a training loss.
+
+    Args:
+        label_smoothing: in [0, 1).
+        max_classes: classes in one step's softmax: those of the batch plus a random sample of the
+            others; None takes the whole label space, as the paper does.
+    """
+
+    label_smoothing: float = 0.0
+    max_classes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Answers for a batch.
+
+    Args:
+        scores: (b, c) probabilities over the label space.
+        tasks: (b,) which task's experts answered, or BASE.
+    """
+
+    scores: Tensor
+    tasks: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """(b,) most probable class."""
+        return self.scores.argmax(dim=1)
+
+
+class Method(nn.Module):
+    """Base of every method.
+
+    Class attributes:
+        config_class: frozen dataclass of the method's settings.
+        routing: how it knows the task at inference: "task-free", told by an "oracle", or "none".
+        joint: True trains on all tasks at once (an upper bound, not a continual learner).
+
+    Args:
+        config: instance of ``config_class``.
+        backbone: frozen model the experts are added to.
+        seed: run seed; initialisation derives from it.
+    """
+
+    config_class: ClassVar[type]
+    routing: Routing = "none"
+    joint: ClassVar[bool] = False
+
+    def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.seed = seed
+        self.layers = nn.ModuleDict()
+        self.selector: Selector = AlwaysSelector(BASE)
+        self.labels: list[LabelSpace] = []
+        self.task_names: list[str] = []
+        self.objective = Objective()
+
+    # -- learning --------------------------------------------------------------------------------
+
+    def begin_task(self, name: str, labels: LabelSpace) -> None:
+        """Take up a new task: allocate its experts, trainable; everything older that stays is frozen."""
+        self.task_names.append(name)
+        self.labels.append(labels)
+        self.allocate(len(self.labels) - 1)
+        self.to(self.backbone.device)
+
+    def allocate(self, task: int) -> None:
+        """Add what the new task needs. Default: nothing."""
+
+    def finish_task(self) -> None:
+        """Freeze what the task leaves behind. Default: nothing."""
+
+    def expert_task(self, task: int) -> int:
+        """Return the index under which a data task's experts are routed (methods may share one)."""
+        return task
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return {"loss": total, ...named terms} of a training batch of the current task."""
+        assert batch.task is not None
+        labels = self.labels[batch.task]
+        task = self.expert_task(batch.task)
+        route = Route.of(
+            task,
+            len(batch),
+            device=self.backbone.device,
+            summary=self.backbone.vision_summary,
+            random=batch.random,
+        )
+        subset, targets = self._step_classes(batch, labels)
+        with self.weights():
+            embedding = self.backbone.encode(batch, route)
+            classes = self.backbone.class_embeddings(
+                labels,
+                task,
+                random=batch.random.whole() if batch.random else None,
+                classes=subset,
+                ensemble=False,
+            )
+            logits = self.backbone.logits(embedding, classes)
+        loss = nn.functional.cross_entropy(
+            logits, targets, label_smoothing=self.objective.label_smoothing
+        )
+        extra = self.extra_losses()
+        total = loss + sum(extra.values()) if extra else loss
+        return {"loss": total, "task": loss.detach(), **{k: v.detach() for k, v in extra.items()}}
+
+    def extra_losses(self) -> dict[str, Tensor]:
+        """Return the method's own weighted loss terms of the forward that just ran."""
+        return {}
+
+    def weights(self) -> AbstractContextManager[None]:
+        """Context in which the backbone runs with this method's own weights. Default: its own."""
+        return nullcontext()
+
+    # -- inference -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, labels: LabelSpace, *, oracle: int | None = None) -> Prediction:
+        """Return class probabilities over ``labels``, each row routed on its own.
+
+        Args:
+            batch: preprocessed samples.
+            labels: what to choose from.
+            oracle: index of the true task if it is learned; read by oracle selectors alone.
+        """
+        encoded, tasks = self.route(batch, oracle)
+        return self.answer(batch, encoded, tasks, labels)
+
+    def route(self, batch: Batch, oracle: int | None = None) -> tuple[Encoded | None, Tensor]:
+        """Return (the base's pass if the selector needed one, task or BASE of each row)."""
+        needs = self.selector.feature is not None
+        encoded = self.backbone.encode_base(batch) if needs else None
+        features = self.routing_features(batch, encoded) if encoded is not None else {}
+        selection = self.selector.select(features, len(batch), oracle)
+        return encoded, selection.tasks.to(self.backbone.device)
+
+    def answer(
+        self, batch: Batch, encoded: Encoded | None, tasks: Tensor, labels: LabelSpace
+    ) -> Prediction:
+        """Return class probabilities of rows whose tasks (b,) are known."""
+        logits: Tensor | None = None
+        for task in torch.unique(tasks).tolist():
+            rows = torch.nonzero(tasks == task).squeeze(1)
+            embedding = self._embedding(batch, encoded, task, rows)
+            part = self.backbone.logits(embedding, self.classifier(labels, task))
+            if logits is None:
+                logits = part.new_empty(len(batch), part.shape[1])
+            logits[rows] = part
+        assert logits is not None
+        return Prediction(scores=torch.softmax(logits, dim=1), tasks=tasks)
+
+    def routing_features(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
+        """Return the features the selector reads, by name."""
+        features = dict(encoded.features)
+        extractor = getattr(self, "_alexnet", None)
+        if isinstance(extractor, AlexNetFeatures):
+            features["alexnet"] = extractor(batch.inputs["pixel_values"])
+        return features
+
+    def classifier(self, labels: LabelSpace, task: int) -> Tensor:
+        """Return (c, p) class embeddings under the experts of ``task`` (or BASE)."""
+        if task == BASE:
+            with self.backbone.host.disabled():
+                return self.backbone.class_embeddings(labels, BASE)
+        with self.weights():
+            return self.backbone.class_embeddings(labels, task, version=self._state_version())
+
+    def _state_version(self) -> int:
+        """Return a number that changes with any in-place or whole change of the method's tensors."""
+        tensors = (*self.parameters(), *self.buffers())
+        return hash(tuple((t.data_ptr(), t._version) for t in tensors))
+
+    def _embedding(self, batch: Batch, encoded: Encoded | None, task: int, rows: Tensor) -> Tensor:
+        everything = len(rows) == len(batch)
+        if task == BASE and encoded is not None:
+            return encoded.embedding[rows]
+        part = batch if everything else batch.take(rows)
+        if task == BASE:
+            return self.backbone.encode_base(part, features=False).embedding
+        route = Route.of(
+            task, len(part), device=self.backbone.device, summary=self.backbone.vision_summary
+        )
+        with self.weights():
+            return self.backbone.encode(part, route)
+
+    # -- shared helpers --------------------------------------------------------------------------
+
+    def insert(self, site: Site, layer: ExpertLayer) -> None:
+        """Own ``layer`` and let it act at ``site``."""
+        self.layers[site.key] = layer
+        self.backbone.host.insert(site, layer)
+
+    def remove(self) -> None:
+        """Take all experts out of the backbone again."""
+        self.backbone.host.remove_all()
+
+    def counters(self) -> dict[str, UsageCounter]:
+        """Return the usage counter of each site that has one."""
+        found = {key: getattr(layer, "usage", None) for key, layer in self.layers.items()}
+        return {key: value for key, value in found.items() if isinstance(value, UsageCounter)}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that train now, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return every tensor that must be kept to answer again, by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if tensor.numel() > 0}
+
+    def _step_classes(
+        self, batch: Batch, labels: LabelSpace
+    ) -> tuple[Sequence[int] | None, Tensor]:
+        """Return (class indices of this step's softmax or None for all, targets within them)."""
+        limit = self.objective.max_classes
+        if limit is None or len(labels.classes) <= limit or batch.random is None:
+            return None, batch.labels
+        if limit < 2:
+            raise ConfigError(f"max_classes must be at least 2; got {limit}")
+        order = batch.random.whole().normal("classes", (len(labels.classes),), torch.empty(()))
+        present = torch.tensor(sorted(set(batch.labels.tolist())))
+        order[present] += 1e6
+        subset = torch.topk(order, max(limit, len(present))).indices.sort().values
+        position = torch.full((len(labels.classes),), -1)
+        position[subset] = torch.arange(len(subset))
+        return subset.tolist(), position.to(batch.labels.device)[batch.labels]

@@ -1,0 +1,167 @@
+"""LoRA baselines: one expert for all tasks in turn, one per task with oracle, one trained jointly.
+
+    y = W x + (alpha / r) * B A x ;  A Kaiming-uniform, B zero, W frozen
+
+Source: LoRA, Hu et al., ICLR 2022, arXiv 2106.09685. The three regimes bracket every continual
+method at equal parameters: sequential LoRA is what happens without protection, one LoRA per task
+with the true task id is what perfect protection and routing give, joint training is what no
+continual learner can see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from evolora.backbones.base import Backbone
+from evolora.errors import ConfigError
+from evolora.experts.bank import ExpertBank
+from evolora.experts.mixing import mix
+from evolora.experts.sites import ExpertLayer, Site
+from evolora.methods.base import Method, Routing
+from evolora.randomness import generator
+from evolora.registry import METHODS
+from evolora.routing.route import Route
+from evolora.routing.selector import AlwaysSelector, OracleSelector
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Settings of a LoRA, named as in PEFT.
+
+    Args:
+        r: rank.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_dropout: probability of zeroing a bottleneck unit during training, in [0, 1).
+        target_modules: Linears that get an expert: q_proj, k_proj, v_proj, out_proj, fc1, fc2.
+        layers_to_transform: block indices (negative counts from the top); None takes all.
+        towers: towers that get experts.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj", "fc1", "fc2")
+    layers_to_transform: tuple[int, ...] | None = None
+    towers: tuple[str, ...] = ("vision", "text")
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"r must be at least 1; got {self.r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout must be in [0, 1); got {self.lora_dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialLoRAConfig(LoRAConfig):
+    """See :class:`LoRAConfig`."""
+
+    type: Literal["sequential-lora"] = "sequential-lora"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAPerTaskConfig(LoRAConfig):
+    """See :class:`LoRAConfig`."""
+
+    type: Literal["lora-per-task"] = "lora-per-task"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointLoRAConfig(LoRAConfig):
+    """See :class:`LoRAConfig`."""
+
+    type: Literal["joint-lora"] = "joint-lora"
+
+
+class LoRALayer(ExpertLayer):
+    """LoRA experts at one Linear; a row's task is its expert.
+
+    Args:
+        site: the Linear.
+        config: rank, scale, dropout.
+    """
+
+    def __init__(self, site: Site, config: LoRAConfig, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.dropout = site.name, config.lora_dropout
+        scale = config.lora_alpha / config.r
+        self.bank = ExpertBank(site.d_in, site.d_out, config.r, scale=scale, device=device)
+
+    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
+        """Return out + (alpha / r) B A x of each row's expert."""
+        if route.uniform is not None:
+            ids = torch.full((1, 1), route.uniform, device=x.device)
+        else:
+            ids = route.tasks.unsqueeze(1)
+        gates = torch.ones(ids.shape, dtype=x.dtype, device=x.device)
+        return mix(
+            out, x, self.bank, ids, gates, dropout=self.dropout, random=route.random, key=self.name
+        )
+
+
+class _LoRA(Method):
+    """Experts at Linears, allocated by the subclasses."""
+
+    config: LoRAConfig
+    shared: ClassVar[bool] = True
+
+    def __init__(self, config: LoRAConfig, backbone: Backbone, *, seed: int = 0) -> None:
+        super().__init__(config, backbone, seed=seed)
+        self.selector = AlwaysSelector(0)
+        for site in backbone.sites(
+            "linear",
+            towers=config.towers,
+            layers=config.layers_to_transform,
+            target_modules=config.target_modules,
+        ):
+            self.insert(site, LoRALayer(site, config, backbone.device))
+
+    def allocate(self, task: int) -> None:
+        """Give every site one new expert (shared regimes: only once); older ones are frozen."""
+        if self.shared and task > 0:
+            return
+        for key, layer in self.layers.items():
+            assert isinstance(layer, LoRALayer)
+            layer.bank.freeze(range(len(layer.bank)))
+            layer.bank.grow(1, generator(self.seed, key, task))
+
+    def expert_task(self, task: int) -> int:
+        """Shared regimes route every task to expert 0."""
+        return 0 if self.shared else task
+
+
+@METHODS.register("sequential-lora", summary="one LoRA trained on each task in turn (forgets)")
+class SequentialLoRA(_LoRA):
+    """One expert, never protected."""
+
+    config_class: ClassVar[Any] = SequentialLoRAConfig
+
+
+@METHODS.register("lora-per-task", summary="one LoRA per task with oracle task id (upper bound)")
+class LoRAPerTask(_LoRA):
+    """One frozen expert per learned task; the true task is told, unlearned tasks go to the base."""
+
+    config_class: ClassVar[Any] = LoRAPerTaskConfig
+    routing: Routing = "oracle"
+    shared = False
+
+    def __init__(self, config: LoRAConfig, backbone: Backbone, *, seed: int = 0) -> None:
+        super().__init__(config, backbone, seed=seed)
+        self.selector = OracleSelector()
+
+    def finish_task(self) -> None:
+        """Freeze the task's expert."""
+        for layer in self.layers.values():
+            assert isinstance(layer, LoRALayer)
+            layer.bank.freeze(range(len(layer.bank)))
+
+
+@METHODS.register("joint-lora", summary="one LoRA trained on all tasks at once (upper bound)")
+class JointLoRA(_LoRA):
+    """One expert that sees every task at once."""
+
+    config_class: ClassVar[Any] = JointLoRAConfig
+    joint = True

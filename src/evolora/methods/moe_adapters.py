@@ -1,0 +1,267 @@
+"""MoE-Adapters + DDAS: a pool of experts beside every MLP, a router per task, unseen inputs to CLIP.
+
+One idea: a frozen CLIP gets, beside the MLP of each block, a pool of small experts. Every task owns
+a router that mixes the top-k of them per sample; the experts a task used most are frozen when it
+ends, so later tasks may reuse but not overwrite them. Auto-encoders on frozen features recognise
+the task of an input, and hand what no task knows to the untouched CLIP.
+
+    h = x + MHSA(LN1(x)) ;  y = h + MLP(LN2(h)) + sum_{i in S} g_i E_i(h)
+    E_i(h) = s * (W_up^T drop(relu(W_down h + b_down)) + b_up)
+    S = top-k of c G_t + (softplus(c N_t) + 0.01) * normal ,  g = softmax over S
+
+symbol -> code: h -> x ; E_i -> ExpertBank row ; s -> scale ; G_t, N_t -> TaskRouters.gate, .noise ;
+c -> Route.summarize(x) ; DDAS -> AutoEncoderSelector.
+
+Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts
+Adapters", CVPR 2024, arXiv 2403.11549.
+
+Departures from the authors' code (each with the option that brings their behaviour back):
+- the selector decides per sample, not per batch of 128 (``selector.group_size``);
+- its thresholds are calibrated per task on held-out errors, not typed (``selector.threshold``), and
+  it reads the frozen tower's own features, not AlexNet's (``selector.feature``);
+- a prompt is routed on its end token; the authors read the start token, which a causal mask makes
+  the same for every prompt (``text_routing: start``);
+- noise is drawn in training only (``noise_at_test``);
+- routers, auto-encoders and experts grow with the tasks; the authors allocate 11, 12 and 22;
+- unselected trainable experts get a zero gradient, so AdamW may still move them by momentum; the
+  authors' per-expert modules are skipped. Frozen experts are in no optimizer in either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from evolora.backbones.base import Backbone
+from evolora.errors import ConfigError
+from evolora.experts.bank import ExpertBank
+from evolora.experts.mixing import mix
+from evolora.experts.sites import ExpertLayer, Site
+from evolora.experts.usage import UsageCounter
+from evolora.methods.base import Method, Routing
+from evolora.randomness import StepRandom, derive_seed, generator
+from evolora.registry import METHODS
+from evolora.routing.features import ALEXNET_WIDTH, AlexNetFeatures
+from evolora.routing.gates import TaskRouters, load_balance
+from evolora.routing.route import Route
+from evolora.routing.selector import (
+    AlwaysSelector,
+    AutoEncoderSelector,
+    AutoEncoderSelectorConfig,
+    OracleSelector,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSelectorConfig:
+    """Every input is answered by the one shared router (class-incremental setting).
+
+    Args:
+        type: "none".
+    """
+
+    type: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleSelectorConfig:
+    """The true task is told (upper bound).
+
+    Args:
+        type: "oracle".
+    """
+
+    type: Literal["oracle"] = "oracle"
+
+
+SelectorConfig = AutoEncoderSelectorConfig | OracleSelectorConfig | NoSelectorConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEAdaptersConfig:
+    """Settings of MoE-Adapters; defaults are the paper's for MTIL.
+
+    Args:
+        type: "moe-adapters".
+        num_experts: experts per site at the start (authors: 22).
+        top_k: experts per sample (2).
+        r: bottleneck width (64).
+        expert: "bottleneck" (ReLU, biases) or "lora" (linear, no biases).
+        scale: constant factor of every expert (0.1).
+        dropout: on the bottleneck in training (0.1), in [0, 1).
+        towers: towers that get experts; ("vision",) restricts them to images.
+        layers_to_transform: block indices (negative counts from the top); None takes all.
+        routers: "per-task", or one "shared" by all tasks (class-incremental setting).
+        freeze_top: most used experts per site to freeze when a task ends (2); 0 freezes none.
+        min_free_experts: a new task finds at least so many unfrozen experts; the pool grows to it.
+        text_routing: token a prompt is routed on: its "end" (default) or "start" (authors).
+        noise: noisy gates in training (True).
+        noise_at_test: also at test time (the authors' class-incremental runs); drawn from a fixed seed.
+        load_balance: weight of CV^2 of the gates (authors compute it and drop it: 0).
+        selector: who recognises the task.
+    """
+
+    type: Literal["moe-adapters"] = "moe-adapters"
+    num_experts: int = 22
+    top_k: int = 2
+    r: int = 64
+    expert: Literal["bottleneck", "lora"] = "bottleneck"
+    scale: float = 0.1
+    dropout: float = 0.1
+    towers: tuple[str, ...] = ("vision", "text")
+    layers_to_transform: tuple[int, ...] | None = None
+    routers: Literal["per-task", "shared"] = "per-task"
+    freeze_top: int = 2
+    min_free_experts: int = 2
+    text_routing: Literal["end", "start"] = "end"
+    noise: bool = True
+    noise_at_test: bool = False
+    load_balance: float = 0.0
+    selector: SelectorConfig = field(default_factory=AutoEncoderSelectorConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(
+                f"top_k must be between 1 and num_experts ({self.num_experts}); got {self.top_k}"
+            )
+        if self.r < 1:
+            raise ConfigError(f"r must be at least 1; got {self.r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
+        if self.routers == "per-task" and self.selector.type == "none":
+            raise ConfigError(
+                "routers 'per-task' need a selector; use routers 'shared' without one"
+            )
+        if self.routers == "shared" and self.selector.type != "none":
+            raise ConfigError("routers 'shared' leave nothing to select; use selector type 'none'")
+
+
+class MoELayer(ExpertLayer):
+    """A pool of experts and one router per task, beside one MLP.
+
+    Args:
+        site: where it stands.
+        config: the method's settings.
+    """
+
+    def __init__(self, site: Site, config: MoEAdaptersConfig, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.tower, self.config = site.name, site.tower, config
+        bottleneck = config.expert == "bottleneck"
+        self.bank = ExpertBank(
+            site.d_in,
+            site.d_out,
+            config.r,
+            bias=bottleneck,
+            activation="relu" if bottleneck else None,
+            scale=config.scale,
+            device=device,
+        )
+        self.routers = TaskRouters(site.d_in, config.num_experts, config.top_k, device=device)
+        self.usage = UsageCounter(config.num_experts)
+        self.usage.replicated = site.tower == "text"
+        self.balance: Tensor | None = None
+
+    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
+        """Return out + the gated experts of each row's task."""
+        start = self.tower == "text" and self.config.text_routing == "start"
+        c = x[:, 0] if start else route.summarize(x)
+        noise = route.random if self.config.noise else None
+        if self.config.noise_at_test and noise is None:
+            noise = StepRandom(derive_seed("noise-at-test", self.name))
+        ids, gates = self.routers(
+            c, route.tasks, uniform=route.uniform, random=noise, key=self.name
+        )
+        if route.random is not None:
+            self.usage.add(ids, gates.detach())
+            if self.config.load_balance > 0:
+                dense = gates.new_zeros(len(gates), len(self.bank)).scatter(1, ids, gates)
+                self.balance = load_balance(dense)
+        return mix(
+            out,
+            x,
+            self.bank,
+            ids,
+            gates,
+            dropout=self.config.dropout,
+            random=route.random,
+            key=self.name,
+        )
+
+    def begin_task(self, draw: torch.Generator) -> None:
+        """Give the task a router and enough unfrozen experts."""
+        if len(self.bank) == 0:
+            self.bank.grow(self.config.num_experts, draw)
+        free = len(self.bank) - len(self.bank.frozen_ids())
+        if free < self.config.min_free_experts:
+            self.bank.grow(self.config.min_free_experts - free, draw)
+            self.routers.widen(len(self.bank))
+            self.usage.widen(len(self.bank))
+        if self.config.routers == "per-task" or len(self.routers) == 0:
+            self.routers.grow()
+        self.usage.reset()
+
+    def finish_task(self) -> None:
+        """Freeze the experts this task used most, and its router."""
+        self.bank.freeze(self.usage.most_used(self.config.freeze_top))
+        if self.config.routers == "per-task":
+            self.routers.freeze()
+
+
+@METHODS.register(
+    "moe-adapters", summary="MoE-Adapters + DDAS: pooled experts, a router per task, base fallback"
+)
+class MoEAdapters(Method):
+    """The method; see the module docstring."""
+
+    config_class: ClassVar[Any] = MoEAdaptersConfig
+    config: MoEAdaptersConfig
+
+    def __init__(self, config: MoEAdaptersConfig, backbone: Backbone, *, seed: int = 0) -> None:
+        super().__init__(config, backbone, seed=seed)
+        for site in backbone.sites("mlp", towers=config.towers, layers=config.layers_to_transform):
+            self.insert(site, MoELayer(site, config, backbone.device))
+        chosen = config.selector
+        self.routing: Routing = "none"
+        if isinstance(chosen, AutoEncoderSelectorConfig):
+            self.routing = "task-free"
+            width = ALEXNET_WIDTH
+            if chosen.feature == "alexnet":
+                self._alexnet = AlexNetFeatures(chosen.feature_path)
+            else:
+                width = backbone.feature_widths()[chosen.feature]
+            self.selector = AutoEncoderSelector(chosen, width, device=backbone.device)
+        elif isinstance(chosen, OracleSelectorConfig):
+            self.routing = "oracle"
+            self.selector = OracleSelector()
+        else:
+            self.selector = AlwaysSelector(0)
+
+    def moe_layers(self) -> list[MoELayer]:
+        """Return the layers in order of tower and depth."""
+        return [layer for layer in self.layers.values() if isinstance(layer, MoELayer)]
+
+    def allocate(self, task: int) -> None:
+        """Give every site a router for the task and enough unfrozen experts."""
+        for key, layer in self.layers.items():
+            assert isinstance(layer, MoELayer)
+            layer.begin_task(generator(self.seed, key, task))
+
+    def finish_task(self) -> None:
+        """Activate-freeze (section 3.2): freeze each site's most used experts and old routers."""
+        for layer in self.moe_layers():
+            layer.finish_task()
+
+    def expert_task(self, task: int) -> int:
+        """With a shared router all tasks route as task 0."""
+        return 0 if self.config.routers == "shared" else task
+
+    def extra_losses(self) -> dict[str, Tensor]:
+        """Return the optional load-balancing term."""
+        terms = [layer.balance for layer in self.moe_layers() if layer.balance is not None]
+        if not terms or self.config.load_balance == 0:
+            return {}
+        return {"load_balance": self.config.load_balance * torch.stack(terms).sum()}

@@ -1,0 +1,85 @@
+"""Route: the per-sample decision which tasks' experts answer, or that the base model does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from evolora.errors import RouteError
+from evolora.randomness import StepRandom
+
+BASE = -1
+"""Task index that means: no expert runs, the untouched base model answers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Which task's experts answer each row of a batch. A value: never mutated, never global.
+
+    Args:
+        tasks: (b,) int64 task index per row, or :data:`BASE`.
+        uniform: the one task of all rows when it is known, so that no tensor must be read back.
+        summary: where the vector that speaks for a row is found in a (b, n, d) sequence: "first"
+            token, "mean" over tokens, or a (b,) index per row (a text's end token).
+        random: randomness of a training step; None outside training (nothing is drawn then).
+    """
+
+    tasks: Tensor
+    uniform: int | None = None
+    summary: str | Tensor = "first"
+    random: StepRandom | None = None
+
+    @classmethod
+    def of(
+        cls,
+        task: int,
+        rows: int,
+        *,
+        device: torch.device | str = "cpu",
+        summary: str | Tensor = "first",
+        random: StepRandom | None = None,
+    ) -> Route:
+        """Return the route that sends all ``rows`` to one task (or to the base)."""
+        tasks = torch.full((rows,), task, dtype=torch.long, device=device)
+        return cls(tasks, uniform=task, summary=summary, random=random)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows this route speaks for."""
+        return self.tasks.shape[0]
+
+    @cached_property
+    def active(self) -> Tensor:
+        """Indices of the rows that any expert answers."""
+        return torch.nonzero(self.tasks != BASE).squeeze(1)
+
+    @property
+    def nobody(self) -> bool:
+        """True when the base answers every row, so that no expert code may run."""
+        return self.uniform == BASE if self.uniform is not None else self.active.numel() == 0
+
+    @property
+    def everybody(self) -> bool:
+        """True when experts answer every row."""
+        if self.uniform is not None:
+            return self.uniform != BASE
+        return self.active.numel() == self.rows
+
+    @cached_property
+    def of_active(self) -> Route:
+        """The same route for the active rows alone."""
+        summary = self.summary if isinstance(self.summary, str) else self.summary[self.active]
+        return replace(self, tasks=self.tasks[self.active], summary=summary)
+
+    def summarize(self, tokens: Tensor) -> Tensor:
+        """Return the vector (b, d) that speaks for each row of ``tokens`` (b, n, d)."""
+        if self.rows != tokens.shape[0]:
+            raise RouteError(
+                f"the route speaks for {self.rows} rows, the input has {tokens.shape[0]}"
+            )
+        if isinstance(self.summary, Tensor):
+            return tokens[torch.arange(self.rows, device=tokens.device), self.summary]
+        return tokens[:, 0] if self.summary == "first" else tokens.mean(dim=1)

@@ -1,0 +1,174 @@
+"""Selectors: recognise, per sample, which learned task an input belongs to, or that none does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from evolora.errors import ConfigError
+from evolora.experts.bank import GrowingStack
+from evolora.routing.autoencoders import AutoEncoderBank, AutoEncoderTraining
+from evolora.routing.route import BASE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which task answers each row.
+
+    Args:
+        tasks: (b,) task index or BASE.
+        scores: (b, t) how foreign the row is to each task (smaller is nearer; above 1 is outside),
+            or None where no score exists (oracle).
+    """
+
+    tasks: Tensor
+    scores: Tensor | None = None
+
+
+class Selector(nn.Module):
+    """Contract of a selector. The only thing it may look at is features of the frozen base."""
+
+    feature: str | None = None
+    """Name of the base features it reads (see ``Encoded.features``), or None for none."""
+
+    def learn(self, task: int, train: Tensor, held_out: Tensor, seed: int) -> None:
+        """Learn to recognise ``task`` from features (n, f); thresholds come from ``held_out``."""
+
+    def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
+        """Return the task of each row. ``oracle`` is the true task, or None if it is not learned."""
+        raise TypeError(f"{type(self).__name__} must define select")
+
+
+class AlwaysSelector(Selector):
+    """Everything goes to one set of experts (no task recognition at all); -1 sends all to the base."""
+
+    def __init__(self, task: int = 0) -> None:
+        super().__init__()
+        self.task = task
+
+    def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
+        """Return the same task for every row."""
+        return Selection(tasks=torch.full((rows,), self.task, dtype=torch.long))
+
+
+class OracleSelector(Selector):
+    """The true task is told; an unlearned task goes to the base. An upper bound, not a method."""
+
+    def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
+        """Return the true task for every row."""
+        task = BASE if oracle is None else oracle
+        return Selection(tasks=torch.full((rows,), task, dtype=torch.long))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoEncoderSelectorConfig:
+    """DDAS: distribution discriminative auto-selector (arXiv 2403.11549, section 3.3).
+
+    Args:
+        type: "auto-encoder".
+        feature: "layers" (token statistics of four depths of the frozen tower, ours), "pooled" (its
+            output), or "alexnet" (the authors': conv5 before its activation, needs a weights file).
+        feature_path: weights file of the "alexnet" features.
+        threshold: "quantile" calibrates each task on held-out errors; a number is used for all tasks
+            as it is (the authors': 0.0655 with "alexnet" features).
+        quantile: share of held-out samples of the task that must be accepted, in (0, 1].
+        margin: factor on the calibrated threshold; test inputs drift further than held-out ones.
+        group_size: rows decided together by their mean error; 1 decides each row alone. The authors
+            use the evaluation batch (128); kept to reproduce them only.
+        reference: folder of images for a reference auto-encoder that competes with the tasks' and
+            means "base" when it wins (the authors': TinyImageNet); None uses the threshold alone.
+        training: how each auto-encoder is fitted.
+    """
+
+    type: Literal["auto-encoder"] = "auto-encoder"
+    feature: Literal["layers", "pooled", "alexnet"] = "layers"
+    feature_path: str | None = None
+    threshold: Literal["quantile"] | float = "quantile"
+    quantile: float = 0.99
+    margin: float = 1.0
+    group_size: int = 1
+    reference: str | None = None
+    training: AutoEncoderTraining = field(default_factory=AutoEncoderTraining)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.quantile <= 1.0:
+            raise ConfigError(f"quantile must be in (0, 1]; got {self.quantile}")
+        if self.group_size < 1:
+            raise ConfigError(f"group_size must be at least 1; got {self.group_size}")
+        if self.feature == "alexnet" and not self.feature_path:
+            raise ConfigError("feature 'alexnet' needs feature_path, the file of its weights")
+
+
+class AutoEncoderSelector(Selector):
+    """One auto-encoder per task on frozen features; the nearest task within its threshold answers.
+
+    A row's score for a task is its reconstruction error over the task's threshold. The row goes to
+    the task of the smallest score if that is at most 1 (an error equal to the threshold stays in),
+    else to the base. Thresholds are calibrated per task, so tasks of unequal spread compete fairly.
+
+    Args:
+        config: see :class:`AutoEncoderSelectorConfig`.
+        features: width of the routing features.
+    """
+
+    def __init__(
+        self,
+        config: AutoEncoderSelectorConfig,
+        features: int,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.feature = config, config.feature
+        squash, hidden = config.training.squash, config.training.hidden
+        self.bank = AutoEncoderBank(features, hidden, squash, device=device)
+        self.thresholds = GrowingStack(device=device)
+        self.reference = AutoEncoderBank(features, hidden, squash, device=device)
+
+    def learn(self, task: int, train: Tensor, held_out: Tensor, seed: int) -> None:
+        """Fit the task's auto-encoder and calibrate its threshold."""
+        if task != len(self.bank):
+            raise ConfigError(f"tasks are learned in order: expected {len(self.bank)}, got {task}")
+        self.bank.fit(train, self.config.training, seed)
+        self._add_threshold(self.calibrate(held_out))
+
+    def learn_reference(self, features: Tensor, seed: int) -> None:
+        """Fit the reference auto-encoder (n, f); whatever it reconstructs best goes to the base."""
+        self.reference.fit(features, self.config.training, seed)
+
+    def calibrate(self, held_out: Tensor) -> float:
+        """Return the newest task's threshold from held-out features (n, f)."""
+        if isinstance(self.config.threshold, float):
+            return self.config.threshold
+        errors = self.bank.errors(held_out)[:, -1]
+        return float(torch.quantile(errors, self.config.quantile)) * self.config.margin
+
+    def _add_threshold(self, threshold: float) -> None:
+        self.thresholds.grow(torch.tensor([threshold]))
+        self.thresholds.freeze(range(len(self.thresholds)))
+
+    def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
+        """Return each row's nearest task, or BASE where it is outside every task."""
+        if len(self.bank) == 0:
+            return Selection(tasks=torch.full((rows,), BASE, dtype=torch.long))
+        values = features[self.config.feature]
+        errors = self.bank.errors(values)
+        scores = self._grouped(errors / self.thresholds.all().to(errors))
+        best, tasks = scores.min(dim=1)
+        outside = best > 1.0
+        if len(self.reference):
+            reference = self._grouped(self.reference.errors(values))[:, 0]
+            own = self._grouped(errors).gather(1, tasks.unsqueeze(1)).squeeze(1)
+            outside = outside | (reference <= own)
+        return Selection(tasks=tasks.masked_fill(outside, BASE), scores=scores)
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """Average (b, t) over consecutive groups of ``group_size`` rows (the last may be short)."""
+        if self.config.group_size == 1:
+            return values
+        parts = torch.split(values, self.config.group_size)
+        return torch.cat([part.mean(dim=0, keepdim=True).expand_as(part) for part in parts])

@@ -1,0 +1,130 @@
+"""Stateless batches: which samples step s of task t sees is a function of (seed, task, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from evolora.backbones.base import Backbone, Batch
+from evolora.randomness import StepRandom, derive_seed, generator
+from evolora.streams.task import Example, Examples
+from evolora.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """This process's part of every global batch.
+
+    Args:
+        index, count: rank and number of processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+class ShuffledRows:
+    """Endless epochs over n rows; every epoch is its own permutation, drawn when it is reached."""
+
+    def __init__(self, rows: int, *seed: object) -> None:
+        self.rows, self.seed = rows, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def take(self, start: int, count: int) -> list[int]:
+        """Return the rows at positions start .. start + count of the endless sequence."""
+        return [self._at(position) for position in range(start, start + count)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.rows)
+        if epoch != self._epoch:
+            draw = generator(*self.seed, "epoch", epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.rows, generator=draw)
+        return int(self._order[offset])
+
+
+class TrainingBatches:
+    """Iterates over this process's micro-batches of one task from any step on.
+
+    Args:
+        data: training split.
+        backbone: turns samples into tensors.
+        config: batch size, accumulation, augmentation, workers.
+        seed: run seed.
+        task: index of the task.
+        share: this process's part.
+    """
+
+    def __init__(
+        self,
+        data: Examples,
+        backbone: Backbone,
+        config: TrainingConfig,
+        *,
+        seed: int,
+        task: int,
+        share: Share,
+    ) -> None:
+        self.data, self.backbone, self.config = data, backbone, config
+        self.seed, self.task, self.share = seed, task, share
+        self.rows = ShuffledRows(len(data), seed, "order", task)
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """Yield the micro-batches of optimizer steps ``step`` .. ``max_steps``."""
+        config = self.config
+        plan = [
+            self._own_rows(s * config.gradient_accumulation_steps + micro)
+            for s in range(step, config.max_steps)
+            for micro in range(config.gradient_accumulation_steps)
+        ]
+        first = step * config.gradient_accumulation_steps
+        loader: DataLoader[Any] = DataLoader(
+            _Indexed(self.data),
+            batch_sampler=plan,
+            num_workers=config.dataloader_num_workers,
+            collate_fn=list,
+        )
+        for offset, examples in enumerate(loader):
+            yield self._batch(examples, first + offset)
+
+    def _own_rows(self, micro_step: int) -> list[int]:
+        size = self.config.per_device_train_batch_size
+        start = micro_step * size * self.share.count + self.share.index * size
+        return self.rows.take(start, size)
+
+    def _batch(self, examples: list[Example], micro_step: int) -> Batch:
+        size = self.config.per_device_train_batch_size
+        random = StepRandom(
+            derive_seed(self.seed, "step", self.task, micro_step),
+            first_row=self.share.index * size,
+            global_rows=size * self.share.count,
+        )
+        batch = self.backbone.collate(
+            examples, task=self.task, random=random if self.config.augment else None
+        )
+        return batch if batch.random else batch.with_random(random)
+
+
+def evaluation_batches(
+    data: Examples, backbone: Backbone, size: int, rows: range
+) -> Iterator[Batch]:
+    """Yield the given rows of a data set in order, without augmentation."""
+    for start in range(rows.start, rows.stop, size):
+        part = range(start, min(start + size, rows.stop))
+        yield backbone.collate([data[row] for row in part])
+
+
+class _Indexed(Dataset[Example]):
+    """A torch Dataset over any Examples."""
+
+    def __init__(self, data: Examples) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.data[index]

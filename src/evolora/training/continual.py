@@ -1,0 +1,366 @@
+"""The sequence: learn t, freeze, evaluate every task, checkpoint, learn t + 1 - and all of a run's files.
+
+run/
+  run.json matrix.json routing.json   what happened, for reports
+  log.jsonl                           one line per logged step and per task
+  evolora.json experts.safetensors README.md   the artefact
+  checkpoints/                        to go on after a kill
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evolora.config import RunConfig, load_stream
+from evolora.errors import StorageError
+from evolora.evaluation.matrix import Matrix
+from evolora.learner import Learner, Progress
+from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
+from evolora.storage.files import read_json, write_json
+from evolora.storage.state import export_state, load_state
+from evolora.streams.task import LabelSpace, Stream, Task
+from evolora.training.progress import Reporter
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RUN_FORMAT = 1
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What a run has done so far; JSON values, kept in every checkpoint.
+
+    Args:
+        matrix: accuracy matrix.
+        history: one entry per learned task, for run.json.
+        routes: one entry per filled row, for routing.json.
+        usage: tower -> task -> expert counts per layer.
+        seconds: wall time so far, without the time between a kill and its resumption.
+    """
+
+    matrix: Matrix
+    history: list[dict[str, Any]] = field(default_factory=list)
+    routes: list[dict[str, Any]] = field(default_factory=list)
+    usage: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "matrix": self.matrix.to_json(),
+            "history": self.history,
+            "routes": self.routes,
+            "usage": self.usage,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Record:
+        """Return what :meth:`to_json` described."""
+        return cls(
+            matrix=Matrix.from_json(value["matrix"]),
+            history=list(value["history"]),
+            routes=list(value["routes"]),
+            usage=dict(value["usage"]),
+            seconds=float(value["seconds"]),
+        )
+
+
+class ContinualRun:
+    """One learner through one stream, in one folder.
+
+    Args:
+        config: what to run.
+        folder: where everything is written.
+        stream: the stream, if it is at hand already.
+        backbone: the backbone, if it is at hand already (several runs may share one).
+        baseline: zero-shot scores by task name, if they are known already.
+        reporter: progress; its log is set to the run's ``log.jsonl``.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        *,
+        stream: Stream | None = None,
+        backbone: Any | None = None,
+        baseline: Mapping[str, float] | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        from evolora.backbones.clip import load_dual_encoder
+        from evolora.training.runtime import build_accelerator
+
+        self.config, self.folder, self._baseline = config, folder, baseline
+        self.accelerator: Accelerator = build_accelerator(config.training, folder)
+        self.reporter = reporter or Reporter()
+        if self.accelerator.is_main_process:
+            self.reporter.log = folder / "log.jsonl"
+        else:
+            self.reporter = Reporter()
+        options = {key: value for key, value in config.stream.items() if key != "name"}
+        self.stream = stream or load_stream(config.stream["name"], **options)
+        self.learner = Learner(
+            backbone
+            or load_dual_encoder(config.backbone.name_or_path, revision=config.backbone.revision),
+            method=config.method,
+            training=config.training,
+            seed=config.seed,
+            evaluation_batch_size=config.evaluation.batch_size,
+            accelerator=self.accelerator,
+            reporter=self.reporter,
+        )
+        counts = [len(task.test) for task in self.stream]
+        self.record = Record(matrix=Matrix.empty([t.name for t in self.stream], counts))
+        self._started = time.perf_counter()
+        self._began = datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def run(self, *, resume: bool = False) -> Matrix:
+        """Learn and evaluate the whole stream; return the accuracy matrix.
+
+        Raises:
+            StorageError: the folder holds another run, or one that would be overwritten.
+        """
+        first, progress = self._start(resume)
+        tasks = list(self.stream)
+        if first >= len(tasks):
+            return self.record.matrix
+        if self.config.evaluation.baseline and self.record.matrix.baseline is None:
+            self.record.matrix.set_baseline(self._zero_shot(tasks))
+        if self.learner.method.joint:
+            self._joint(tasks, progress)
+        else:
+            for index in range(first, len(tasks)):
+                self._one(tasks, index, progress)
+                progress = None
+        self._finish()
+        return self.record.matrix
+
+    # -- one task --------------------------------------------------------------------------------
+
+    def _one(self, tasks: Sequence[Task], index: int, progress: Progress | None) -> None:
+        task = tasks[index]
+        start = time.perf_counter()
+        loss = self.learner.learn(task, progress=progress, save=self._saver(index))
+        learned = time.perf_counter()
+        self._row(tasks, index)
+        self._note(task.name, loss, learned - start, time.perf_counter() - learned)
+        self._save(index + 1, 0, {})
+
+    def _joint(self, tasks: Sequence[Task], progress: Progress | None) -> None:
+        start = time.perf_counter()
+        loss = self.learner.learn_jointly(tasks, progress=progress, save=self._saver(0))
+        learned = time.perf_counter()
+        self._row(tasks, len(tasks) - 1)
+        self._note("all tasks", loss, learned - start, time.perf_counter() - learned)
+        self._save(len(tasks), 0, {})
+
+    def _row(self, tasks: Sequence[Task], index: int) -> None:
+        """Evaluate every task the protocol can judge now and fill the matrix row."""
+        scores: dict[str, float] = {}
+        routes: dict[str, dict[str, int]] = {}
+        space, offsets = seen_labels(tasks[: index + 1])
+        for position, task in enumerate(tasks):
+            if self.stream.label_protocol == "task":
+                result = self.learner.evaluate(task)
+            elif position <= index:
+                result = self.learner.evaluate(task, labels=space, offset=offsets[position])
+            else:
+                continue
+            scores[task.name], routes[task.name] = result.score, dict(result.routes)
+        self.record.matrix.set_row(index, scores)
+        self.record.routes.append({"task": tasks[index].name, "routes": routes})
+
+    def _note(self, name: str, loss: float | None, learning: float, testing: float) -> None:
+        cost = self.learner.costs[-1].to_json()
+        entry = {
+            "task": name,
+            "seconds_learn": round(learning, 3),
+            "seconds_evaluate": round(testing, 3),
+            **cost,
+            "final_loss": loss,
+        }
+        self.record.history.append(entry)
+        for key, counter in self.learner.method.counters().items():
+            tower = key.split("/")[0]
+            layers = self.record.usage.setdefault(tower, {}).setdefault(name, [])
+            layers.append(counter.counts.tolist())
+        self.reporter.event("task", **entry)
+
+    def _zero_shot(self, tasks: Sequence[Task]) -> dict[str, float]:
+        if self._baseline is not None:
+            return dict(self._baseline)
+        from evolora.methods.zero_shot import ZeroShotConfig
+
+        with self.learner.backbone.host.disabled():
+            plain = Learner(
+                self.learner.backbone,
+                method=ZeroShotConfig(),
+                training=self.config.training,
+                evaluation_batch_size=self.config.evaluation.batch_size,
+                accelerator=self.accelerator,
+                reporter=self.reporter,
+            )
+            return {task.name: plain.evaluate(task).score for task in tasks}
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def _start(self, resume: bool) -> tuple[int, Progress | None]:
+        """Return (first task to learn, where its learning stopped or None)."""
+        mine = self.config.hash()
+        if (self.folder / "run.json").exists() or (self.folder / "config.json").exists():
+            known = self._known_hash()
+            if not resume:
+                raise StorageError(
+                    f"{self.folder} already holds a run; continue it with --resume, or choose another --out"
+                )
+            if known != mine:
+                raise StorageError(
+                    f"{self.folder} holds a run of another configuration ({known}, this is {mine}); "
+                    "choose another --out"
+                )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(
+                self.folder / "config.json",
+                {"format_version": 1, "config_hash": mine, "config": self.config.to_json()},
+            )
+        newest = load_newest(self.checkpoints) if resume else None
+        if newest is None:
+            self.reporter.rewind(0)
+            return 0, None
+        return self._restore(newest)
+
+    def _known_hash(self) -> str:
+        return str(read_json(self.folder / "config.json", kind="run")["config_hash"])
+
+    def _restore(self, checkpoint: Checkpoint) -> tuple[int, Progress | None]:
+        self.record = Record.from_json(checkpoint.state["record"])
+        self.reporter.rewind(int(checkpoint.state["log_bytes"]))
+        tasks = list(self.stream)
+        began = len(tasks) if self.learner.method.joint else checkpoint.task + (checkpoint.step > 0)
+        for task in tasks[:began]:
+            self.learner.begin(task)
+            if not self.learner.method.joint and len(self.learner.task_names) <= checkpoint.task:
+                self.learner.method.finish_task()
+        moments = {k: v for k, v in checkpoint.tensors.items() if k.startswith("optimizer.")}
+        own = {k: v for k, v in checkpoint.tensors.items() if not k.startswith("optimizer.")}
+        load_state(self.learner.method, own)
+        if not self.accelerator.is_main_process:
+            for counter in self.learner.method.counters().values():
+                if not counter.replicated:
+                    counter.reset()  # the main process holds the sum of all
+        if checkpoint.step == 0:
+            return checkpoint.task, None
+        return checkpoint.task, Progress(step=checkpoint.step, moments=moments)
+
+    def _saver(self, index: int) -> Any:
+        def save(step: int, moments: Mapping[str, Tensor]) -> None:
+            self._save(index, step, moments)
+
+        return save
+
+    def _save(self, task: int, step: int, moments: Mapping[str, Tensor]) -> None:
+        state = export_state(self.learner.method)
+        if step > 0:
+            state.update(self._summed_counts())
+        if self.accelerator.is_main_process:
+            self.record.seconds += time.perf_counter() - self._started
+            self._started = time.perf_counter()
+            kept = {"record": self.record.to_json(), "log_bytes": self.reporter.position()}
+            save_checkpoint(
+                self.checkpoints,
+                Checkpoint(task=task, step=step, tensors={**state, **moments}, state=kept),
+            )
+            if step == 0:
+                self._write_record(finished=task == len(self.stream))
+        self.accelerator.wait_for_everyone()
+
+    def _summed_counts(self) -> dict[str, Tensor]:
+        """Return the usage counts of all processes together, as a checkpoint keeps them."""
+        if self.accelerator.num_processes == 1:
+            return {}
+        device = self.accelerator.device
+        return {
+            f"layers.{key}.usage.counts": self.accelerator.reduce(
+                counter.counts.to(device), reduction="sum"
+            ).cpu()
+            for key, counter in self.learner.method.counters().items()
+            if not counter.replicated
+        }
+
+    def _write_record(self, *, finished: bool) -> None:
+        from evolora import __version__
+
+        config, method = self.config, self.learner.method
+        selector = getattr(method.config, "selector", None)
+        write_json(self.folder / "matrix.json", self.record.matrix.to_json())
+        write_json(self.folder / "routing.json", self._routing())
+        write_json(
+            self.folder / "run.json",
+            {
+                "format_version": RUN_FORMAT,
+                "name": config.title,
+                "method": config.to_json()["method"],
+                "stream": self.stream.name,
+                "source": self.stream.source,
+                "backbone": self.learner.backbone.describe(),
+                "tasks": [task.name for task in self.stream],
+                "protocol": {
+                    "label_space": self.stream.label_protocol,
+                    "routing": method.routing,
+                    "group_size": getattr(selector, "group_size", 1),
+                },
+                "seed": config.seed,
+                "config_hash": config.hash(),
+                "versions": {
+                    "evolora": __version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+                "device": str(self.accelerator.device),
+                "processes": self.accelerator.num_processes,
+                "started": self._began,
+                "seconds": round(self.record.seconds, 3),
+                "finished": finished,
+                "history": self.record.history,
+            },
+        )
+
+    def _routing(self) -> dict[str, Any]:
+        experts: dict[str, Any] = {
+            tower: {"tasks": tasks, "frozen": []} for tower, tasks in self.record.usage.items()
+        }
+        for key, layer in self.learner.method.layers.items():
+            tower = key.split("/")[0]
+            if tower in experts and hasattr(layer, "bank"):
+                bank: Any = layer.bank
+                experts[tower]["frozen"].append(bank.frozen_ids())
+        return {"format_version": 1, "after": self.record.routes, "experts": experts}
+
+    def _finish(self) -> None:
+        self.learner.save_pretrained(self.folder)
+        if self.config.training.report_to:
+            self.accelerator.end_training()
+
+
+def seen_labels(tasks: Sequence[Task]) -> tuple[LabelSpace, list[int]]:
+    """Return the union label space of tasks and the index of each task's first class in it."""
+    offsets = [sum(len(t.labels.classes) for t in tasks[:i]) for i in range(len(tasks))]
+    classes = tuple(name for task in tasks for name in task.labels.classes)
+    return LabelSpace(classes=classes, templates=tasks[0].labels.templates), offsets

@@ -1,0 +1,161 @@
+"""Train one task: a short loop on accelerate that can stop at any step and go on bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evolora.backbones.base import Batch
+from evolora.errors import EvoloraError
+from evolora.methods.base import Method
+from evolora.training.config import TrainingConfig, learning_rate
+from evolora.training.progress import Reporter
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Save = Callable[[int, Mapping[str, Tensor]], None]
+
+
+class TrainingError(EvoloraError, RuntimeError):
+    """Training cannot go on (the loss is not a number)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """One task's training: what to train, on which batches, from which step.
+
+    Args:
+        method: the learner; its trainable parameters are trained.
+        batches: from an optimizer step to its and all later micro-batches.
+        config: schedule and optimizer.
+        base_rate: peak learning rate of this task.
+        title: shown in progress and logs.
+        total_steps: optimizer steps.
+    """
+
+    method: Method
+    batches: Callable[[int], Iterator[Batch]]
+    config: TrainingConfig
+    base_rate: float
+    title: str
+    total_steps: int
+
+
+def train_task(
+    run: TaskRun,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    *,
+    start: int = 0,
+    moments: Mapping[str, Tensor] | None = None,
+    save: Save | None = None,
+) -> float | None:
+    """Train to the end and return the last loss (None if nothing trains or nothing was left to do).
+
+    Args:
+        run: what to train.
+        accelerator: the runtime.
+        reporter: progress and log.
+        start: optimizer steps already done.
+        moments: optimizer state at ``start``, as ``save`` got it.
+        save: called every ``save_steps`` steps with (steps done, optimizer state).
+    """
+    method, config = run.method, run.config
+    parameters = method.trainable()
+    if not parameters or start >= run.total_steps:
+        return None
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=run.base_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    _restore(optimizer, parameters, moments or {})
+    model = accelerator.prepare_model(method)
+    method.train()
+    loss = None
+    stream = run.batches(start)
+    with reporter.bar(run.title, run.total_steps, start) as bar:
+        for step in range(start, run.total_steps):
+            rate = learning_rate(
+                step, base=run.base_rate, warmup=config.warmup_steps, total=run.total_steps
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = _step(model, optimizer, stream, accelerator, config)
+            if not torch.isfinite(torch.tensor(loss)):
+                raise TrainingError(
+                    f"the loss of {run.title} is {loss} at step {step}; try a learning_rate below {rate:.1e}"
+                )
+            done = step + 1
+            bar.advance(1, f"loss {loss:.3f}")
+            if done % config.logging_steps == 0 or done == run.total_steps:
+                reporter.event("step", task=run.title, step=done, loss=loss, learning_rate=rate)
+                accelerator.log({f"{run.title}/loss": loss, "learning_rate": rate}, step=done)
+            if save and done % config.save_steps == 0 and done < run.total_steps:
+                save(done, _moments(optimizer, parameters))
+    method.eval()
+    accelerator.free_memory()
+    return loss
+
+
+def _step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Batch],
+    accelerator: Accelerator,
+    config: TrainingConfig,
+) -> float:
+    """Take one optimizer step; return the loss averaged over micro-batches and processes."""
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=accelerator.device)
+    micro_steps = config.gradient_accumulation_steps
+    for micro in range(micro_steps):
+        batch = next(stream)
+        assert batch.random is not None
+        torch.manual_seed(batch.random.seed)
+        last = micro == micro_steps - 1
+        with accelerator.autocast():
+            if last:
+                terms = model(batch)
+            else:
+                with accelerator.no_sync(model):
+                    terms = model(batch)
+        loss = terms["loss"] / micro_steps
+        accelerator.backward(loss)
+        total += loss.detach().to(total.device)
+    if config.max_grad_norm is not None:
+        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    mean: Tensor = accelerator.reduce(total, reduction="mean")
+    return float(mean)
+
+
+def _moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Tensor]:
+    saved: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        for key in (*MOMENTS, "step"):
+            if key in state:
+                saved[f"optimizer.{key}.{name}"] = state[key]
+    return saved
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    moments: Mapping[str, Tensor],
+) -> None:
+    for name, parameter in parameters.items():
+        keys = [key for key in (*MOMENTS, "step") if f"optimizer.{key}.{name}" in moments]
+        for key in keys:
+            value = moments[f"optimizer.{key}.{name}"].clone()
+            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

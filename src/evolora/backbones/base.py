@@ -88,6 +88,7 @@ class Backbone(ABC):
         self._fingerprint: str | None = None
         self._caller = _Caller(self.model)
         self._weights: Mapping[str, Tensor] | None = None
+        self._states = 0
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +169,12 @@ class Backbone(ABC):
             return getattr(self.model, function)(**inputs)
         named = {f"model.{name}": value for name, value in self._weights.items()}
         return torch.func.functional_call(self._caller, named, (function,), inputs)
+
+    def new_state(self) -> int:
+        """Return a number that no state of any method here has had, and forget classes."""
+        self._states += 1
+        self.forget_classes()
+        return self._states
 
     def forget_classes(self) -> None:
         """Drop cached class embeddings of learned tasks; called whenever experts may change."""

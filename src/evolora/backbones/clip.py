@@ -183,17 +183,20 @@ class DualEncoder(Backbone):
                 False uses the first template (training).
             version: state of the experts; a cached result of another state is not used.
         """
-        cacheable = not torch.is_grad_enabled()
+        cacheable = not torch.is_grad_enabled() and random is None
         key = (task, version, labels, tuple(classes) if classes is not None else None, ensemble)
         if cacheable and key in self._classes:
             return self._classes[key]
         names = labels.classes if classes is None else [labels.classes[i] for i in classes]
         templates = labels.templates if ensemble else labels.templates[:1]
         prompts = [template.format(name) for template in templates for name in names]
+        # One forward where gradients flow: a backward that recomputes must still find its route,
+        # and noise is drawn per row of a forward.
+        size = PROMPTS_PER_FORWARD if cacheable else len(prompts)
         rows = torch.cat(
             [
-                self._text_embedding(prompts[start : start + PROMPTS_PER_FORWARD], task, random)
-                for start in range(0, len(prompts), PROMPTS_PER_FORWARD)
+                self._text_embedding(prompts[start : start + size], task, random)
+                for start in range(0, len(prompts), size)
             ]
         )
         unit = F.normalize(rows, dim=-1).view(len(templates), len(names), -1)

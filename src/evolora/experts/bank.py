@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from evolora.errors import ConfigError
+
 
 class GrowingStack(nn.Module):
     """Rows of equal shape, of which some are frozen for good and the others are trainable.
@@ -32,7 +34,8 @@ class GrowingStack(nn.Module):
         self.shape = shape
         self.active = _parameter(torch.empty(0, *shape, device=device))
         self.register_buffer("frozen", torch.empty(0, *shape, device=device))
-        self.register_buffer("slot", torch.empty(0, dtype=torch.long))
+        # An index, not a value: it is read by Python, so it is real even where weights are shapes.
+        self.register_buffer("slot", torch.empty(0, dtype=torch.long, device="cpu"))
 
     def __len__(self) -> int:
         return int(self.slot.shape[0])
@@ -40,30 +43,41 @@ class GrowingStack(nn.Module):
     def grow(self, rows: Tensor) -> None:
         """Append trainable rows (n, *shape)."""
         start = self.frozen.shape[0] + self.active.shape[0]
-        new = torch.arange(start, start + rows.shape[0])
+        new = torch.arange(start, start + rows.shape[0], device="cpu")
         rows = rows.to(self.active.device, self.active.dtype)
         self.active = _parameter(torch.cat([self.active.detach(), rows]))
         self.slot = torch.cat([self.slot, new.to(self.slot.device)])
 
     def freeze(self, ids: Iterable[int]) -> None:
-        """Move rows to the frozen part, bit for bit; rows frozen before stay as they are."""
+        """Move rows to the frozen part, bit for bit; rows frozen before stay as they are.
+
+        Raises:
+            ConfigError: there is no row of such an identifier.
+        """
         slot = self.slot.tolist()
+        ids = set(ids)
+        wrong = [row for row in sorted(ids) if not 0 <= row < len(slot)]
+        if wrong:
+            raise ConfigError(f"cannot freeze row {wrong[0]}: there are {len(slot)}, from 0")
         count = self.frozen.shape[0]
-        leaving = [row for row in sorted(set(ids)) if slot[row] >= count]
-        staying = [row for row, place in enumerate(slot) if place >= count and row not in leaving]
+        leaving = [row for row in sorted(ids) if slot[row] >= count]
+        staying = [row for row, place in enumerate(slot) if place >= count and row not in ids]
         before = [row for row, place in enumerate(slot) if place < count]
         before.sort(key=lambda row: slot[row])
         every = self.all().detach()
         self.frozen = every[before + leaving].clone()
         self.active = _parameter(every[staying].clone())
         order = before + leaving + staying
-        new_slot = torch.empty(len(slot), dtype=torch.long)
-        new_slot[torch.tensor(order, dtype=torch.long)] = torch.arange(len(slot))
+        new_slot = torch.empty(len(slot), dtype=torch.long, device="cpu")
+        places = torch.arange(len(slot), device="cpu")
+        new_slot[torch.tensor(order, dtype=torch.long, device="cpu")] = places
         self.slot = new_slot.to(self.slot.device)
 
     def widen(self, size: int) -> None:
         """Pad the last axis of every row with zeros to ``size``; what was there stays bit for bit."""
         extra = size - self.shape[-1]
+        if extra < 0:
+            raise ConfigError(f"rows are {self.shape[-1]} wide and only grow; got size {size}")
         self.shape = (*self.shape[:-1], size)
         self.frozen = torch.nn.functional.pad(self.frozen, (0, extra))
         self.active = _parameter(torch.nn.functional.pad(self.active.detach(), (0, extra)))
@@ -151,6 +165,10 @@ class ExpertBank(nn.Module):
     def frozen_ids(self) -> list[int]:
         """Return the identifiers of frozen experts, ascending."""
         return self.A.frozen_ids()
+
+    def flops(self, tokens: int, active: int) -> int:
+        """Return the FLOPs that ``active`` experts add to a row of ``tokens`` tokens."""
+        return 2 * tokens * active * self.r * (self.d_in + self.d_out)
 
     def parameters_per_expert(self) -> int:
         """Return the number of values one expert stores."""

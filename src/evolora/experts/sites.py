@@ -85,6 +85,7 @@ class SiteHost:
         seen: list[Tensor] = []
 
         def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.clear()  # a pass that broke off between the norm and the MLP left its input
             if self._wanted(site):
                 seen.append(args[0])
 

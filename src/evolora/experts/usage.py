@@ -18,11 +18,22 @@ class UsageCounter(nn.Module):
     def __init__(self, experts: int) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(experts, dtype=torch.long))
+        self._last: object = None
         self.replicated = False
         """True where every process of a distributed run sees the same rows (class prompts)."""
 
-    def add(self, ids: Tensor, gates: Tensor) -> None:
-        """Count every expert with a gate other than zero once per row; ids and gates (b, k)."""
+    def add(self, ids: Tensor, gates: Tensor, forward: object = None) -> None:
+        """Count every expert with a gate other than zero once per row; ids and gates (b, k).
+
+        Args:
+            ids: experts.
+            gates: their gates.
+            forward: what identifies this forward pass (its route). Gradient checkpointing runs the
+                same pass again in backward; it is counted once.
+        """
+        if forward is not None and forward is self._last:
+            return
+        self._last = forward
         chosen = ids[gates != 0] if ids.shape == gates.shape else ids.flatten()
         self.counts += torch.bincount(chosen.to(self.counts.device), minlength=self.counts.shape[0])
 

@@ -8,6 +8,7 @@ gate mixes them, who recognises the task, and what is frozen.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from evolora.backbones.base import Backbone, Batch, Encoded
 from evolora.errors import ConfigError
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
-from evolora.routing.features import AlexNetFeatures
+from evolora.routing.features import FeatureExtractor
 from evolora.routing.route import BASE, Route
 from evolora.routing.selector import AlwaysSelector, Selector
 from evolora.streams.task import LabelSpace
@@ -88,6 +89,9 @@ class Method(nn.Module):
         self.labels: list[LabelSpace] = []
         self.task_names: list[str] = []
         self.objective = Objective()
+        self._seen: list[tuple[weakref.ref[Tensor], int, int]] = []
+        self._version = 0
+        self.extractors: dict[str, FeatureExtractor] = {}
 
     # -- learning --------------------------------------------------------------------------------
 
@@ -96,7 +100,8 @@ class Method(nn.Module):
         self.task_names.append(name)
         self.labels.append(labels)
         self.allocate(len(self.labels) - 1)
-        self.to(self.backbone.device)
+        if self.backbone.device.type != "meta":  # counting on shapes keeps its indices on the CPU
+            self.to(self.backbone.device)
 
     def allocate(self, task: int) -> None:
         """Add what the new task needs. Default: nothing."""
@@ -162,6 +167,8 @@ class Method(nn.Module):
 
     def route(self, batch: Batch, oracle: int | None = None) -> tuple[Encoded | None, Tensor]:
         """Return (the base's pass if the selector needed one, task or BASE of each row)."""
+        if not self.labels:  # nothing is learned: there are no experts to route to
+            return None, torch.full((len(batch),), BASE, device=self.backbone.device)
         needs = self.selector.feature is not None
         encoded = self.backbone.encode_base(batch) if needs else None
         features = self.routing_features(batch, encoded) if encoded is not None else {}
@@ -185,11 +192,8 @@ class Method(nn.Module):
 
     def routing_features(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """Return the features the selector reads, by name."""
-        features = dict(encoded.features)
-        extractor = getattr(self, "_alexnet", None)
-        if isinstance(extractor, AlexNetFeatures):
-            features["alexnet"] = extractor(batch.inputs["pixel_values"])
-        return features
+        extra = {name: extract(batch) for name, extract in self.extractors.items()}
+        return {**encoded.features, **extra}
 
     def classifier(self, labels: LabelSpace, task: int) -> Tensor:
         """Return (c, p) class embeddings under the experts of ``task`` (or BASE)."""
@@ -200,9 +204,22 @@ class Method(nn.Module):
             return self.backbone.class_embeddings(labels, task, version=self._state_version())
 
     def _state_version(self) -> int:
-        """Return a number that changes with any in-place or whole change of the method's tensors."""
-        tensors = (*self.parameters(), *self.buffers())
-        return hash(tuple((t.data_ptr(), t._version) for t in tensors))
+        """Return a number that changes with every in-place or whole change of the tensors.
+
+        Tensors are known by weak reference, not by address: an address is used again after a tensor
+        is replaced. (A write through ``tensor.data`` is hidden from autograd, and from this.)
+        """
+        now = [(t, t._version, t.data_ptr()) for t in (*self.parameters(), *self.buffers())]
+        same = len(now) == len(self._seen) and all(
+            known() is t and (version, address) == (t_version, t_address)
+            for (known, version, address), (t, t_version, t_address) in zip(
+                self._seen, now, strict=True
+            )
+        )
+        if not same or self._version == 0:
+            self._seen = [(weakref.ref(t), version, address) for t, version, address in now]
+            self._version = self.backbone.new_state()
+        return self._version
 
     def _embedding(self, batch: Batch, encoded: Encoded | None, task: int, rows: Tensor) -> Tensor:
         everything = len(rows) == len(batch)

@@ -101,6 +101,10 @@ class LoRALayer(ExpertLayer):
             out, x, self.bank, ids, gates, dropout=self.dropout, random=route.random, key=self.name
         )
 
+    def flops(self, tokens: int) -> int:
+        """Return the extra FLOPs of one row of ``tokens`` tokens."""
+        return self.bank.flops(tokens, 1)
+
 
 class _LoRA(Method):
     """Experts at Linears, allocated by the subclasses."""

@@ -100,7 +100,8 @@ class MoEAdaptersConfig:
         text_routing: token a prompt is routed on: its "end" (default) or "start" (authors).
         noise: noisy gates in training (True).
         noise_at_test: also at test time (the authors' class-incremental runs); drawn from a fixed seed.
-        load_balance: weight of CV^2 of the gates (authors compute it and drop it: 0).
+        load_balance: weight of CV^2 of the experts' importance (summed gates) plus CV^2 of their
+            load (summed chances to be chosen), per site (authors: 0.01, computed and dropped; 0).
         selector: who recognises the task.
     """
 
@@ -172,14 +173,21 @@ class MoELayer(ExpertLayer):
         noise = route.random if self.config.noise else None
         if self.config.noise_at_test and noise is None:
             noise = StepRandom(derive_seed("noise-at-test", self.name))
-        ids, gates = self.routers(
-            c, route.tasks, uniform=route.uniform, random=noise, key=self.name
+        balancing = route.random is not None and self.config.load_balance > 0
+        gating = self.routers(
+            c,
+            route.tasks,
+            uniform=route.uniform,
+            random=noise,
+            key=self.name,
+            chance=balancing,
         )
+        ids, gates = gating.ids, gating.gates
         if route.random is not None:
-            self.usage.add(ids, gates.detach())
-            if self.config.load_balance > 0:
-                dense = gates.new_zeros(len(gates), len(self.bank)).scatter(1, ids, gates)
-                self.balance = load_balance(dense)
+            self.usage.add(ids, gates.detach(), forward=route)
+        if balancing:
+            dense = gates.new_zeros(len(gates), len(self.bank)).scatter(1, ids, gates)
+            self.balance = load_balance(dense) + load_balance(gating.chance)
         return mix(
             out,
             x,
@@ -191,6 +199,11 @@ class MoELayer(ExpertLayer):
             key=self.name,
         )
 
+    def flops(self, tokens: int) -> int:
+        """Return the extra FLOPs of one row of ``tokens`` tokens: its router and its experts."""
+        router = 2 * self.routers.d * self.routers.experts
+        return router + self.bank.flops(tokens, self.config.top_k)
+
     def begin_task(self, draw: torch.Generator) -> None:
         """Give the task a router and enough unfrozen experts."""
         if len(self.bank) == 0:
@@ -198,7 +211,7 @@ class MoELayer(ExpertLayer):
         free = len(self.bank) - len(self.bank.frozen_ids())
         if free < self.config.min_free_experts:
             self.bank.grow(self.config.min_free_experts - free, draw)
-            self.routers.widen(len(self.bank))
+            self.routers.widen(len(self.bank), adopt=self.config.routers == "shared")
             self.usage.widen(len(self.bank))
         if self.config.routers == "per-task" or len(self.routers) == 0:
             self.routers.grow()
@@ -230,7 +243,9 @@ class MoEAdapters(Method):
             self.routing = "task-free"
             width = ALEXNET_WIDTH
             if chosen.feature == "alexnet":
-                self._alexnet = AlexNetFeatures(chosen.feature_path)
+                shapes_only = backbone.device.type == "meta"
+                weights = None if shapes_only else chosen.feature_path
+                self.extractors["alexnet"] = AlexNetFeatures(weights)
             else:
                 width = backbone.feature_widths()[chosen.feature]
             self.selector = AutoEncoderSelector(chosen, width, device=backbone.device)

@@ -120,7 +120,7 @@ class AutoEncoderBank(nn.Module):
     def errors(self, features: Tensor) -> Tensor:
         """Return the mean squared reconstruction error (b, t) of every task's auto-encoder."""
         features = features.float()
-        chunks = []
+        chunks = [features.new_empty(len(features), 0)]
         for start in range(0, len(self), TASKS_PER_CHUNK):
             part = slice(start, min(start + TASKS_PER_CHUNK, len(self)))
             w1, b1, w2, b2 = (stack.all()[part] for stack in self.networks())

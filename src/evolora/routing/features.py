@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from evolora.backbones.base import Batch
 from evolora.errors import DataError
+
+FeatureExtractor = Callable[[Batch], Tensor]
+"""From a batch to routing features (b, f); frozen, not part of what a method saves."""
 
 ALEXNET_WIDTH = 256 * 13 * 13
 """Width of AlexNet's conv5 map at 224 px."""
@@ -44,9 +49,10 @@ class AlexNetFeatures(nn.Module):
             self._load(Path(path))
         self.eval().requires_grad_(False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return (b, 43264) features of normalised pixels (b, 3, 224, 224)."""
-        result: Tensor = self.features(pixels).flatten(1)
+    def forward(self, batch: Batch) -> Tensor:
+        """Return (b, 43264) features of the batch's normalised pixels (b, 3, 224, 224)."""
+        pixels = batch.inputs["pixel_values"]
+        result: Tensor = self.to(pixels.device).features(pixels).flatten(1)
         return result
 
     def _load(self, path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,12 +24,50 @@ def top_k_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return order.indices[:, :k], torch.softmax(order.values[:, :k], dim=-1)
 
 
-def load_balance(gates: Tensor) -> Tensor:
-    """Return CV^2 of the summed gates (b, e): unbiased variance over squared mean (Shazeer 2017)."""
-    load = gates.sum(dim=0)
+def load_balance(values: Tensor) -> Tensor:
+    """Return CV^2 of column sums: unbiased variance over squared mean (Shazeer et al. 2017).
+
+    Args:
+        values: (b, e) gates (their sums are the experts' importance) or chances (the load).
+    """
+    load = values.sum(dim=0)
     if load.numel() == 1:
         return load.new_zeros(())
     return load.var() / (load.mean() ** 2 + 1e-10)
+
+
+def prob_in_top_k(clean: Tensor, noisy: Tensor, std: Tensor, k: int) -> Tensor:
+    """Return (b, e): chance that an expert stays among the top k if its noise alone is drawn again.
+
+        P_i = Phi((clean_i - kth largest of the other noisy logits) / std_i)
+
+    Source: Shazeer et al. 2017 (arXiv 1701.06538), appendix A.
+
+    Args:
+        clean: (b, e) logits without noise.
+        noisy: (b, e) logits with noise.
+        std: (b, e) deviation of the noise.
+        k: experts per row, less than e.
+    """
+    largest = noisy.topk(k + 1, dim=-1).values
+    inside, outside = largest[:, k : k + 1], largest[:, k - 1 : k]
+    bar = torch.where(noisy > inside, inside, outside)
+    return torch.special.ndtr((clean - bar) / std)
+
+
+@dataclass(frozen=True, eq=False)
+class Gating:
+    """What routers decide for a batch.
+
+    Args:
+        ids, gates: (b, k) expert and its weight.
+        chance: (b, e) chance of each expert to be chosen, a smooth count (:func:`prob_in_top_k`);
+            without noise, or where k takes all experts, 1 for the chosen and 0 for the others.
+    """
+
+    ids: Tensor
+    gates: Tensor
+    chance: Tensor | None = None
 
 
 class TaskRouters(nn.Module):
@@ -50,7 +90,7 @@ class TaskRouters(nn.Module):
         self.d, self.experts, self.k = d, experts, k
         self.gate = GrowingStack(d, experts, device=device)
         self.noise = GrowingStack(d, experts, device=device)
-        self.register_buffer("pool", torch.empty(0, dtype=torch.long))
+        self.register_buffer("pool", torch.empty(0, dtype=torch.long, device="cpu"))
 
     def __len__(self) -> int:
         return len(self.gate)
@@ -62,9 +102,17 @@ class TaskRouters(nn.Module):
             stack.grow(torch.zeros(1, self.d, self.experts, device=stack.active.device))
         self.pool = torch.cat([self.pool, self.pool.new_tensor([self.experts])])
 
-    def widen(self, experts: int) -> None:
-        """Follow a pool that has grown; routers that exist keep to the experts they knew."""
+    def widen(self, experts: int, *, adopt: bool = False) -> None:
+        """Follow a pool that has grown.
+
+        Args:
+            experts: new size of the pool.
+            adopt: whether routers that exist may pick the new experts, as one router shared by all
+                tasks must; otherwise they keep to the experts they knew.
+        """
         self.experts = experts
+        if adopt:
+            self.pool = torch.full_like(self.pool, experts)
         self.gate.widen(experts)
         self.noise.widen(experts)
 
@@ -81,8 +129,9 @@ class TaskRouters(nn.Module):
         uniform: int | None = None,
         random: StepRandom | None = None,
         key: str = "",
-    ) -> tuple[Tensor, Tensor]:
-        """Return (ids, gates), both (b, k).
+        chance: bool = False,
+    ) -> Gating:
+        """Return the experts of each row and their gates.
 
         Args:
             c: (b, d) routing vectors.
@@ -90,15 +139,22 @@ class TaskRouters(nn.Module):
             uniform: the one router of all rows if known.
             random: noise source; None routes without noise.
             key: name under which this site draws its noise.
+            chance: whether the chances of all experts are wanted too.
         """
-        logits = self._logits(self.gate, c, tasks, uniform)
+        clean = self._logits(self.gate, c, tasks, uniform)
         known = self.pool[tasks if uniform is None else [uniform]].to(c.device)
+        unknown = torch.arange(self.experts, device=c.device) >= known.unsqueeze(1)
+        clean = clean.masked_fill(unknown, float("-inf"))
+        noisy, std = clean, None
         if random is not None:
             std = F.softplus(self._logits(self.noise, c, tasks, uniform)) + NOISE_FLOOR
-            logits = logits + std * random.normal(f"{key}/gate", tuple(logits.shape), logits)
-        unknown = torch.arange(self.experts, device=c.device) >= known.unsqueeze(1)
-        logits = logits.masked_fill(unknown, float("-inf"))
-        return top_k_softmax(logits, self.k)
+            noisy = clean + std * random.normal(f"{key}/gate", tuple(clean.shape), clean)
+        ids, gates = top_k_softmax(noisy, self.k)
+        if not chance:
+            return Gating(ids, gates)
+        if std is None or self.k == self.experts:
+            return Gating(ids, gates, torch.zeros_like(clean).scatter(1, ids, 1.0))
+        return Gating(ids, gates, prob_in_top_k(clean, noisy, std, self.k))
 
     @staticmethod
     def _logits(stack: GrowingStack, c: Tensor, tasks: Tensor, uniform: int | None) -> Tensor:

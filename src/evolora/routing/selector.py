@@ -97,6 +97,14 @@ class AutoEncoderSelectorConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.quantile <= 1.0:
             raise ConfigError(f"quantile must be in (0, 1]; got {self.quantile}")
+        if self.threshold != "quantile" and not (
+            isinstance(self.threshold, int | float) and self.threshold >= 0
+        ):
+            raise ConfigError(
+                f"threshold must be 'quantile' or a number of at least 0; got {self.threshold!r}"
+            )
+        if not self.margin > 0:
+            raise ConfigError(f"margin must be positive; got {self.margin}")
         if self.group_size < 1:
             raise ConfigError(f"group_size must be at least 1; got {self.group_size}")
         if self.feature == "alexnet" and not self.feature_path:
@@ -107,8 +115,8 @@ class AutoEncoderSelector(Selector):
     """One auto-encoder per task on frozen features; the nearest task within its threshold answers.
 
     A row's score for a task is its reconstruction error over the task's threshold. The row goes to
-    the task of the smallest score if that is at most 1 (an error equal to the threshold stays in),
-    else to the base. Thresholds are calibrated per task, so tasks of unequal spread compete fairly.
+    the task of the smallest score if its error is at most the threshold (equal stays in), else to
+    the base. Thresholds are calibrated per task, so tasks of unequal spread compete fairly.
 
     Args:
         config: see :class:`AutoEncoderSelectorConfig`.
@@ -142,8 +150,8 @@ class AutoEncoderSelector(Selector):
 
     def calibrate(self, held_out: Tensor) -> float:
         """Return the newest task's threshold from held-out features (n, f)."""
-        if isinstance(self.config.threshold, float):
-            return self.config.threshold
+        if self.config.threshold != "quantile":
+            return float(self.config.threshold)
         errors = self.bank.errors(held_out)[:, -1]
         return float(torch.quantile(errors, self.config.quantile)) * self.config.margin
 
@@ -156,14 +164,15 @@ class AutoEncoderSelector(Selector):
         if len(self.bank) == 0:
             return Selection(tasks=torch.full((rows,), BASE, dtype=torch.long))
         values = features[self.config.feature]
-        errors = self.bank.errors(values)
-        scores = self._grouped(errors / self.thresholds.all().to(errors))
-        best, tasks = scores.min(dim=1)
-        outside = best > 1.0
+        errors = self._grouped(self.bank.errors(values))
+        thresholds = self.thresholds.all().to(errors)
+        scores = errors / thresholds
+        # One number for all tasks ranks them by their errors, even if it is 0 or infinite.
+        tasks = (scores if self.config.threshold == "quantile" else errors).argmin(dim=1)
+        own = errors.gather(1, tasks.unsqueeze(1)).squeeze(1)
+        outside = ~(own <= thresholds[tasks])  # what is not a number is no task's
         if len(self.reference):
-            reference = self._grouped(self.reference.errors(values))[:, 0]
-            own = self._grouped(errors).gather(1, tasks.unsqueeze(1)).squeeze(1)
-            outside = outside | (reference <= own)
+            outside = outside | (self._grouped(self.reference.errors(values))[:, 0] <= own)
         return Selection(tasks=tasks.masked_fill(outside, BASE), scores=scores)
 
     def _grouped(self, values: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 """Checkpoints: everything a killed run needs to go on and end bit for bit where it would have ended.
 
 A checkpoint is a folder ``checkpoints/TTT-SSSSSS`` (task, step) with ``tensors.safetensors`` and
-``state.json``; the JSON is written last and carries the hash of the tensors, so a folder without a
-valid JSON is not a checkpoint. All randomness is a function of (seed, task, step), so no generator
+``state.json``; the JSON is written last and carries the hash of the tensors and of itself, so a
+folder without a valid JSON is not a checkpoint, and a flipped bit in either file is noticed. All randomness is a function of (seed, task, step), so no generator
 state has to be kept.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +21,18 @@ from typing import Any
 from torch import Tensor
 
 from evolora.errors import StorageError
-from evolora.storage.files import read_json, read_tensors, write_json, write_tensors
+from evolora.storage.files import (
+    read_json,
+    read_tensors,
+    sweep_temporary,
+    write_json,
+    write_tensors,
+)
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before it in case the newest is damaged."""
+
+_NAME = re.compile(r"\d+-\d+")
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +55,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint and drop all but the newest two."""
+    """Write a checkpoint and drop all but the newest two (and what killed writes left behind)."""
     place = folder / f"{checkpoint.task:03d}-{checkpoint.step:06d}"
     (place / "state.json").unlink(missing_ok=True)
     sha256 = write_tensors(place / "tensors.safetensors", checkpoint.tensors, {})
@@ -55,9 +66,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "sha256": sha256,
         **checkpoint.state,
     }
-    write_json(place / "state.json", record)
-    for old in _folders(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    write_json(place / "state.json", {**record, "digest": _digest(record)})
+    kept = _folders(folder)[-KEEP:]
+    for other in folder.iterdir():
+        if other.is_dir() and other not in kept:
+            shutil.rmtree(other, ignore_errors=True)
+    for whole in kept:
+        sweep_temporary(whole)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -70,6 +85,8 @@ def load_newest(folder: Path) -> Checkpoint | None:
     for place in reversed(found):
         try:
             record = read_json(place / "state.json", kind="checkpoint")
+            if record.pop("digest", None) != _digest(record):
+                raise StorageError(f"{place / 'state.json'} is altered: its digest does not fit it")
             tensors = read_tensors(place / "tensors.safetensors", sha256=record["sha256"])
             return Checkpoint(
                 task=record["task"], step=record["step"], tensors=tensors, state=record
@@ -86,4 +103,10 @@ def load_newest(folder: Path) -> Checkpoint | None:
 def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path.parent for path in folder.glob("[0-9]*-[0-9]*/state.json"))
+    found = [path.parent for path in folder.glob("*/state.json") if _NAME.fullmatch(path.parent.name)]
+    return sorted(found, key=lambda path: tuple(int(part) for part in path.name.split("-")))
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a record's JSON values, whatever their order and layout."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -7,12 +7,24 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from evolora.errors import StorageError
+
+TEMPORARY = ".partial"
+"""How the name of a file ends that is still being written."""
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents; one StorageError if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {path}: {error.strerror or error}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -24,7 +36,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent
+        )
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -32,9 +46,18 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:  # also after Ctrl-C; a kill -9 leaves it to sweep_temporary
+        if temporary:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Remove what writes that were killed half-way left in a folder; nobody else may be writing."""
+    for left in folder.glob(f".*{TEMPORARY}"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,9 +88,12 @@ def read_json(path: Path, *, kind: str, newest: int = 1) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict) or "format_version" not in value:
         raise StorageError(f"{path} is not an Evolora {kind}: it has no format_version")
-    if value["format_version"] > newest:
+    version = value["format_version"]
+    if not isinstance(version, int) or version < 1:
+        raise StorageError(f"{path} has format_version {version!r}, which is none: corrupt {kind}?")
+    if version > newest:
         raise StorageError(
-            f"{path} has format_version {value['format_version']}, this Evolora reads up to {newest}; "
+            f"{path} has format_version {version}, this Evolora reads up to {newest}; "
             "update evolora"
         )
     return value

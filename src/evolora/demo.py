@@ -1,0 +1,195 @@
+"""``evolora demo``: the main job on the embedded model and data, offline, every method side by side.
+
+Each method is an ordinary run (``runs/demo/METHOD``) in a process of its own with one thread, as
+many at a time as there are cores. A demo that was interrupted goes on; a finished run is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evolora.assets import ROOT
+from evolora.errors import unknown_name
+from evolora.storage.files import make_folder
+from evolora.training.progress import terminal_progress
+
+if TYPE_CHECKING:
+    from evolora.config import RunConfig
+    from evolora.report.records import RunRecord
+
+CONFIG = ROOT / "demo.yaml"
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo did.
+
+    Args:
+        runs: method -> run folder, in the order of the table.
+        report: HTML page.
+        seconds: wall time of this call.
+    """
+
+    runs: Mapping[str, Path]
+    report: Path
+    seconds: float
+
+    def records(self) -> list[RunRecord]:
+        """Return the finished runs."""
+        from evolora.report.records import RunRecord
+
+        return [RunRecord.load(folder) for folder in self.runs.values()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        from evolora.evaluation.metrics import summary
+
+        runs = {record.run.name: summary(record.matrix) for record in self.records()}
+        return {"runs": runs, "report": str(self.report), "seconds": round(self.seconds, 1)}
+
+    def print(self) -> None:
+        """Print the table and where the report is."""
+        from rich.console import Console
+
+        from evolora.report.tables import summary_table
+
+        console = Console()
+        console.print(summary_table(self.records()))
+        console.print(f"report: {self.report}  ({self.seconds:.0f} s)", soft_wrap=True)
+
+
+def demo_configs(methods: Sequence[str] | None = None, seed: int = 0) -> dict[str, RunConfig]:
+    """Return the configuration of each of the demo's runs, by method.
+
+    Args:
+        methods: a choice of them; None takes all.
+        seed: run seed.
+
+    Raises:
+        ConfigError: a name the demo does not have.
+    """
+    from evolora.config import parse_config, read_yaml
+
+    whole = read_yaml(CONFIG)
+    known: dict[str, Any] = whole.pop("methods")
+    configs = {}
+    for name in methods or known:
+        if name not in known:
+            raise unknown_name("demo method", name, known)
+        own = dict(known[name])
+        training = {**whole["training"], **own.pop("training", {})}
+        value = {**whole, "method": {"type": name, **own}, "training": training, "seed": seed}
+        configs[name] = parse_config(value, source=f"demo method {name}")
+    return configs
+
+
+def run_demo(
+    out: Path, *, methods: Sequence[str] | None = None, seed: int = 0, progress: bool = True
+) -> DemoResult:
+    """Run the demo and write its report.
+
+    Args:
+        out: folder of the runs and the report.
+        methods: names, or None for all.
+        seed: run seed.
+        progress: show one bar per method.
+    """
+    from evolora.report.page import write_report
+
+    start = time.perf_counter()
+    configs = demo_configs(methods, seed)
+    make_folder(out)
+    folders = {name: out / name for name in configs}
+    _run_all(configs, folders, progress)
+    report = out / "report.html"
+    result = DemoResult(runs=folders, report=report, seconds=time.perf_counter() - start)
+    write_report(result.records(), report, "Evolora demo: nine image domains, one after another")
+    return DemoResult(runs=folders, report=report, seconds=time.perf_counter() - start)
+
+
+def _run_all(
+    configs: Mapping[str, RunConfig], folders: Mapping[str, Path], progress: bool
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    cores = os.cpu_count() or 1
+    workers = max(1, min(cores, len(configs)))
+    with terminal_progress(progress) as bars, ProcessPoolExecutor(workers, context) as pool:
+        jobs = {
+            name: pool.submit(_one, config.to_json(), folders[name])
+            for name, config in configs.items()
+        }
+        tasks = {
+            name: bars.add_task(name, total=_total_steps(config), note="waiting") if bars else None
+            for name, config in configs.items()
+        }
+        try:
+            for _ in _until_done(list(jobs.values())):
+                for name, task in tasks.items():
+                    if bars is not None and task is not None:
+                        steps, note = _standing(folders[name])
+                        bars.update(task, completed=steps, note=note)
+            for job in jobs.values():
+                job.result()
+        except BaseException:
+            for job in jobs.values():
+                job.cancel()
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+
+
+def _until_done(jobs: Sequence[Future[None]]) -> Iterator[None]:
+    """Yield every half second until all jobs are done or one has failed."""
+    pending = set(jobs)
+    while pending:
+        done, pending = wait(pending, timeout=POLL_SECONDS)
+        yield
+        if any(job.exception() is not None for job in done):
+            return
+
+
+def _one(config: Mapping[str, Any], folder: Path) -> None:
+    """Run one method to the end in this process, going on where an earlier demo stopped."""
+    import torch
+
+    torch.set_num_threads(1)
+    from evolora.config import parse_config
+    from evolora.training.continual import ContinualRun
+
+    run = ContinualRun(parse_config(config), folder)
+    run.run(resume=(folder / "config.json").exists())
+
+
+def _total_steps(config: RunConfig) -> int:
+    from evolora.config import load_stream
+
+    options = {key: value for key, value in config.stream.items() if key != "name"}
+    return len(load_stream(str(config.stream["name"]), **options)) * config.training.max_steps
+
+
+def _standing(folder: Path) -> tuple[int, str]:
+    """Return (steps done over all tasks, what is being done) from a run's log."""
+    try:
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0, "waiting"
+    finished, step, title = 0, 0, ""
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # the last line may be half written
+        if event["event"] == "task":
+            finished, step, title = finished + step, 0, event["task"]
+        elif event["event"] == "step":
+            step, title = event["step"], event["task"]
+    return finished + step, title

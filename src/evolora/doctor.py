@@ -1,0 +1,89 @@
+"""What the machine has and lacks, one finding per line."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+REQUIRED = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "typer",
+    "rich",
+)
+OPTIONAL = {
+    "peft": "interchange with PEFT folders: pip install 'evolora[peft]'",
+    "datasets": "streams from the hub: pip install 'evolora[data]'",
+    "scipy": "the .mat files of Flowers102 and Stanford Cars: pip install 'evolora[data]'",
+    "resvg_py": "evolora data build: pip install 'evolora[data]'",
+    "tensorboard": "training.report_to=[tensorboard]: pip install 'evolora[track]'",
+}
+
+
+def examine() -> list[dict[str, Any]]:
+    """Return findings: name, ok, optional, detail."""
+    findings = [_package(name) for name in REQUIRED]
+    findings += [_optional(name, use) for name, use in OPTIONAL.items()]
+    findings += [_devices(), _threads(), _assets(), _disk(Path.cwd())]
+    return findings
+
+
+def _finding(name: str, ok: bool, detail: str, *, optional: bool = False) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "optional": optional, "detail": detail}
+
+
+def _package(name: str) -> dict[str, Any]:
+    try:
+        return _finding(name, True, version(name))
+    except PackageNotFoundError:
+        return _finding(name, False, f"not installed; pip install {name}")
+
+
+def _optional(name: str, use: str) -> dict[str, Any]:
+    found = importlib.util.find_spec(name) is not None
+    return _finding(
+        name, found, "installed" if found else f"not installed, needed for {use}", optional=True
+    )
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return _finding("device", True, "CUDA: " + ", ".join(names))
+    return _finding("device", True, f"CPU only ({platform.processor() or platform.machine()})")
+
+
+def _threads() -> dict[str, Any]:
+    import torch
+
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    advice = "; for small models one thread per process is fastest: OMP_NUM_THREADS=1"
+    return _finding(
+        "threads", True, f"torch uses {threads} of {cores} cores" + advice * (threads > 1)
+    )
+
+
+def _assets() -> dict[str, Any]:
+    from evolora.assets import ROOT, embedded_backbones
+
+    backbones = embedded_backbones()
+    data = (ROOT / "mosaic" / "domains.safetensors").exists()
+    ok = bool(backbones) and data
+    detail = f"backbones {', '.join(backbones) or 'none'}; mosaic/domains {'present' if data else 'missing'}"
+    return _finding("embedded assets", ok, detail if ok else detail + "; reinstall evolora")
+
+
+def _disk(folder: Path) -> dict[str, Any]:
+    free = shutil.disk_usage(folder).free / 2**30
+    return _finding("disk", free > 1.0, f"{free:.1f} GiB free in {folder}")

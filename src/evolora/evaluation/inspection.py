@@ -1,0 +1,256 @@
+"""Count what a configuration will cost, before any weight or image exists.
+
+The backbone is built on the meta device (shapes without storage), the method is attached and walked
+through the stream's tasks; every number is counted on the tensors that this allocates, none is typed.
+FLOPs of the base are counted by torch while a meta tensor runs through it; those of experts follow
+from the shapes (two per multiply-add of the experts that answer one row).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from evolora.assets import ROOT, embedded_backbone
+from evolora.backbones.clip import DualEncoder
+from evolora.config import RunConfig, build_method, load_stream
+from evolora.errors import ConfigError, DataError
+from evolora.methods.base import Method
+from evolora.routing.selector import AutoEncoderSelector
+from evolora.streams.task import LabelSpace
+
+
+PARTS = {
+    ".bank.": "experts",
+    ".routers.": "gates_and_noise",
+    "vectors.": "class_vectors",
+    "tuned.": "tuned_weights",
+}
+"""Mark in a tensor's name -> part it is counted under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCost:
+    """Cost of one site.
+
+    Args:
+        name, tower, layer: where.
+        parameters: values stored there after the last task.
+        flops: extra FLOPs for one row (an image, or a prompt of full length).
+    """
+
+    name: str
+    tower: str
+    layer: int
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a configuration costs.
+
+    Args:
+        method, backbone: names.
+        tasks: number of tasks counted.
+        backbone_parameters: of the frozen model.
+        parameters: part -> values stored after the last task ("experts", "gates_and_noise", ...).
+        totals: sums the literature quotes: "adapters_and_routers" (experts, gates, noise), one
+            "autoencoder", and everything "stored".
+        trainable: values that train, per task in order; for activate-freeze an upper bound, since
+            which experts a task freezes is only known from its data.
+        stored_bytes: float32 bytes after the last task, per task in order.
+        flops: tower -> {"base", "experts"} for one row.
+        sites: per site.
+    """
+
+    method: str
+    backbone: str
+    tasks: int
+    backbone_parameters: int
+    parameters: Mapping[str, int]
+    totals: Mapping[str, int]
+    trainable: list[int]
+    stored_bytes: list[int]
+    flops: Mapping[str, Mapping[str, int]]
+    sites: list[SiteCost]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+def inspect_config(config: RunConfig, *, tasks: int | None = None) -> Inspection:
+    """Return what a run will cost.
+
+    Args:
+        config: the run.
+        tasks: number of tasks; None takes the stream's.
+    """
+    backbone = meta_backbone(config.backbone.name_or_path)
+    method = build_method(config.method, backbone, seed=config.seed)
+    labels = _label_spaces(config, tasks)
+    trainable, stored = [], []
+    for index, space in enumerate(labels):
+        method.begin_task(f"task {index}", space)
+        trainable.append(_trainable(method))
+        if not method.joint:
+            method.finish_task()
+        stored.append(4 * sum(_parts(method).values()))
+    parts = _parts(method)
+    flops = {
+        tower: {
+            "base": base,
+            "experts": sum(s.flops for s in _sites(method, backbone) if s.tower == tower),
+        }
+        for tower, base in base_flops(backbone).items()
+    }
+    return Inspection(
+        method=config.title,
+        backbone=config.backbone.name_or_path,
+        tasks=len(labels),
+        backbone_parameters=sum(p.numel() for p in backbone.model.parameters()),
+        parameters=parts,
+        totals=_totals(method, parts),
+        trainable=trainable,
+        stored_bytes=stored,
+        flops=flops,
+        sites=_sites(method, backbone),
+    )
+
+
+def meta_backbone(name: str) -> DualEncoder:
+    """Return a backbone of the named shape on the meta device.
+
+    The shape comes from an embedded backbone, an embedded shape file, a local folder or the hub.
+    """
+    from transformers import AutoConfig, AutoModel, CLIPConfig
+
+    shape = ROOT / "shapes" / f"{name.replace('/', '--')}.json"
+    try:
+        if shape.exists():
+            values = json.loads(shape.read_text(encoding="utf-8"))
+            values.pop("model_type")
+            config: Any = CLIPConfig(**values)
+        else:
+            config = AutoConfig.from_pretrained(str(embedded_backbone(name) or name))
+    except (OSError, ValueError) as error:
+        known = ", ".join(
+            p.stem.replace("--", "/") for p in sorted((ROOT / "shapes").glob("*.json"))
+        )
+        raise DataError(
+            f"no configuration of backbone {name!r} (embedded shapes: {known})"
+        ) from error
+    build: Any = AutoModel.from_config
+    with torch.device("meta"):
+        model: nn.Module = build(config)
+    return DualEncoder(model, None, name=name)
+
+
+def base_flops(backbone: DualEncoder) -> dict[str, int]:
+    """Return the FLOPs of the untouched towers for one image and one prompt of full length."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size = backbone.image_size
+    length = int(backbone.config.text_config.max_position_embeddings)
+    calls = {
+        "vision": (
+            "get_image_features",
+            {"pixel_values": torch.empty(1, 3, size, size, device="meta")},
+        ),
+        "text": (
+            "get_text_features",
+            {"input_ids": torch.zeros(1, length, dtype=torch.long, device="meta")},
+        ),
+    }
+    counts = {}
+    with torch.no_grad(), backbone.host.disabled():
+        for tower, (function, inputs) in calls.items():
+            with FlopCounterMode(display=False) as counter:
+                backbone.call(function, **inputs)
+            counts[tower] = int(counter.get_total_flops())
+    return counts
+
+
+def _trainable(method: Method) -> int:
+    count = sum(parameter.numel() for parameter in method.trainable().values())
+    if isinstance(method.selector, AutoEncoderSelector):
+        count += method.selector.bank.parameters_per_task()
+    return count
+
+
+def _parts(method: Method) -> dict[str, int]:
+    """Return stored values by part; sums that the literature quotes are included by name."""
+    parts: dict[str, int] = {}
+    for name, tensor in method.stored().items():
+        if tensor.is_floating_point() and not name.startswith("selector."):
+            part = next((p for mark, p in PARTS.items() if mark in name), "other")
+            parts[part] = parts.get(part, 0) + tensor.numel()
+    if isinstance(method.selector, AutoEncoderSelector):
+        one = method.selector.bank.parameters_per_task()
+        parts["autoencoders"] = one * len(method.labels)
+    return parts
+
+
+def _totals(method: Method, parts: Mapping[str, int]) -> dict[str, int]:
+    totals = {"stored": sum(parts.values())}
+    if "gates_and_noise" in parts:
+        totals["adapters_and_routers"] = parts["experts"] + parts["gates_and_noise"]
+    if isinstance(method.selector, AutoEncoderSelector):
+        totals["autoencoder"] = method.selector.bank.parameters_per_task()
+    return totals
+
+
+def _sites(method: Method, backbone: DualEncoder) -> list[SiteCost]:
+    tokens = {tower: _tokens(backbone, tower) for tower in backbone.towers}
+    sites = []
+    for key, layer in method.layers.items():
+        tower, index, *_ = key.split("/")
+        count = getattr(layer, "flops", None)
+        sites.append(
+            SiteCost(
+                name=key.replace("/", "."),
+                tower=tower,
+                layer=int(index),
+                parameters=sum(
+                    t.numel() for t in layer.state_dict().values() if t.is_floating_point()
+                ),
+                flops=int(count(tokens[tower])) if callable(count) else 0,
+            )
+        )
+    return sites
+
+
+def _tokens(backbone: DualEncoder, tower: str) -> int:
+    """Return the length of a full sequence of a tower."""
+    if tower == "text":
+        return int(backbone.config.text_config.max_position_embeddings)
+    vision = backbone.config.vision_config
+    return int(vision.image_size // vision.patch_size) ** 2 + (0 if backbone.is_siglip else 1)
+
+
+def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
+    """Return a label space per task: of the published counts where the data need not be there."""
+    counts: list[int] | None = None
+    name = str(config.stream["name"])
+    if tasks is not None:
+        if tasks < 1:
+            raise ConfigError(f"tasks must be at least 1; got {tasks}")
+        counts = [1] * tasks
+    elif name == "mtil":
+        from evolora.streams.mtil_prompts import CLASS_COUNTS, ORDERS
+
+        order = config.stream.get("order", "I")
+        names = ORDERS[order] if isinstance(order, str) else order
+        counts = [CLASS_COUNTS[task] for task in names]
+    elif name == "class-incremental":
+        counts = [1] * (int(config.stream["steps"]) + bool(config.stream.get("base_classes")))
+    if counts is None:
+        options = {key: value for key, value in config.stream.items() if key != "name"}
+        return [task.labels for task in load_stream(name, **options)]
+    return [LabelSpace(classes=tuple(f"class {i}" for i in range(count))) for count in counts]

@@ -1,0 +1,224 @@
+"""Continual-learning metrics of an accuracy matrix, each with its formula and its paper.
+
+A[i, j] is the score on task j after learning task i; i, j = 0..T-1, both in learning order. Rows
+below and on the diagonal are tasks learned so far, above it tasks still to come. Scores go in and
+come out as fractions. A cell that was not evaluated is NaN; a metric that needs such a cell is
+None, never a NaN that spreads through a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evolora.errors import DataError
+from evolora.evaluation.matrix import Matrix
+
+Score = float | None
+
+DEFINITIONS: dict[str, str] = {
+    "transfer": (
+        "Transfer (ZSCL): for each task but the first, the mean score on it after each earlier "
+        "task; then the mean over those tasks. What learning does to tasks still to come."
+    ),
+    "avg": (
+        "Avg (ZSCL): for each task, the mean score on it after every task, learned or not; then "
+        "the mean over tasks."
+    ),
+    "last": "Last (ZSCL): the mean score over all tasks after the last one.",
+    "average_accuracy": (
+        "Average accuracy (Lopez-Paz & Ranzato): the mean of the last row; the same number as Last."
+    ),
+    "average_incremental_accuracy": (
+        "Average incremental accuracy (iCaRL): after each task, the score over all tasks learned "
+        "so far; then the mean over those steps. The Avg of class-incremental tables."
+    ),
+    "bwt": (
+        "Backward transfer (Lopez-Paz & Ranzato): for each task but the last, its final score "
+        "minus its score when it was just learned; the mean. Negative is forgetting."
+    ),
+    "fwt": (
+        "Forward transfer (Lopez-Paz & Ranzato): for each task but the first, its score just "
+        "before it is learned minus its score before any learning; the mean."
+    ),
+    "forgetting": (
+        "Forgetting (Chaudhry et al.): for each task but the last, its best score since it was "
+        "learned (the final one left out) minus its final score; the mean."
+    ),
+    "zero_shot": "The mean score over all tasks before any learning.",
+    "zero_shot_transfer": (
+        "The mean score before any learning over all tasks but the first: the Transfer of a model "
+        "that never changes."
+    ),
+}
+
+
+def transfer_per_task(values: ArrayLike) -> tuple[Score, ...]:
+    """Return Transfer_j = mean_{i<j} A[i, j] per task, (T,); None for the first task, always."""
+    matrix = _square(values)
+    return tuple(_mean(matrix[:j, j]) for j in range(len(matrix)))
+
+
+def transfer_zscl(values: ArrayLike) -> Score:
+    """Return Transfer = mean_{j>=1} mean_{i<j} A[i, j].
+
+    Columns are averaged first, so each task weighs the same; the flat mean of the upper triangle
+    would weigh late tasks more and is another number. None for one task or a missing cell.
+
+    Source: Zheng et al., "Preventing Zero-Shot Transfer Degradation in Continual Learning of
+    Vision-Language Models" (ZSCL), ICCV 2023, arXiv 2303.06628.
+    """
+    return _mean_of(transfer_per_task(values)[1:])
+
+
+def avg_per_task(values: ArrayLike) -> tuple[Score, ...]:
+    """Return Avg_j = mean_i A[i, j] per task, (T,): the whole column, future tasks included."""
+    return tuple(_mean(column) for column in _square(values).T)
+
+
+def avg_zscl(values: ArrayLike) -> Score:
+    """Return Avg = mean_j mean_i A[i, j]. Source: ZSCL, ICCV 2023, arXiv 2303.06628."""
+    return _mean_of(avg_per_task(values))
+
+
+def last_per_task(values: ArrayLike) -> tuple[Score, ...]:
+    """Return Last_j = A[T-1, j] per task, (T,)."""
+    return tuple(_mean(cell) for cell in _square(values)[-1][:, None])
+
+
+def last(values: ArrayLike) -> Score:
+    """Return Last = mean_j A[T-1, j]. Source: ZSCL, ICCV 2023, arXiv 2303.06628."""
+    return _mean_of(last_per_task(values))
+
+
+def average_accuracy(values: ArrayLike, counts: ArrayLike | None = None) -> Score:
+    """Return ACC = mean_j A[T-1, j], by default every task alike.
+
+    Args:
+        values: (T, T) scores.
+        counts: (T,) test samples per task; then tasks weigh by their samples.
+
+    Source: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017,
+    arXiv 1706.08840.
+    """
+    matrix = _square(values)
+    return _mean(matrix[-1], _weights(counts, len(matrix)))
+
+
+def average_incremental_accuracy(values: ArrayLike, counts: ArrayLike | None = None) -> Score:
+    """Return mean_i mean_{j<=i} A[i, j]: the accuracy over all tasks seen, averaged over steps.
+
+    Args:
+        values: (T, T) scores; cells above the diagonal are not used.
+        counts: (T,) test samples per task. With them the inner mean is the accuracy over all
+            samples of the seen classes, which is what class-incremental papers report; without
+            them tasks weigh alike.
+
+    Source: Rebuffi et al., "iCaRL", CVPR 2017, arXiv 1611.07725.
+    """
+    matrix = _square(values)
+    weights = _weights(counts, len(matrix))
+    steps = (
+        _mean(matrix[i, : i + 1], None if weights is None else weights[: i + 1])
+        for i in range(len(matrix))
+    )
+    return _mean_of(tuple(steps))
+
+
+def bwt_lopezpaz(values: ArrayLike) -> Score:
+    """Return BWT = 1/(T-1) sum_{j<T-1} (A[T-1, j] - A[j, j]); in [-1, 1], None for one task.
+
+    Source: Lopez-Paz and Ranzato, NeurIPS 2017, arXiv 1706.08840.
+    """
+    matrix = _square(values)
+    return _mean(matrix[-1, :-1] - matrix.diagonal()[:-1])
+
+
+def fwt_lopezpaz(values: ArrayLike, baseline: ArrayLike | None) -> Score:
+    """Return FWT = 1/(T-1) sum_{j>=1} (A[j-1, j] - b[j]); in [-1, 1].
+
+    Args:
+        values: (T, T) scores.
+        baseline: (T,) scores before any learning. In the paper the model starts at random; here
+            it starts pretrained, so b is its zero-shot score. None gives None.
+
+    Source: Lopez-Paz and Ranzato, NeurIPS 2017, arXiv 1706.08840.
+    """
+    matrix = _square(values)
+    if baseline is None:
+        return None
+    return _mean(matrix.diagonal(1) - _vector("baseline", baseline, len(matrix))[1:])
+
+
+def forgetting_per_task(values: ArrayLike) -> tuple[Score, ...]:
+    """Return F_j = max_{j<=i<T-1} A[i, j] - A[T-1, j] per task, (T,); None for the last task.
+
+    The paper defines scores of learned tasks only (j <= i), so a lucky score on a task before it
+    was learned does not count as knowledge that was forgotten. Negative where the task improved.
+    """
+    matrix = _square(values)
+    final = matrix[-1]
+    drops = [_mean(np.atleast_1d(matrix[j:-1, j].max() - final[j])) for j in range(len(matrix) - 1)]
+    return (*drops, None)
+
+
+def forgetting_chaudhry(values: ArrayLike) -> Score:
+    """Return F = 1/(T-1) sum_{j<T-1} (max_{j<=i<T-1} A[i, j] - A[T-1, j]); None for one task.
+
+    Source: Chaudhry et al., "Riemannian Walk for Incremental Learning: Understanding Forgetting and
+    Intransigence", ECCV 2018, arXiv 1801.10112.
+    """
+    return _mean_of(forgetting_per_task(values)[:-1])
+
+
+def summary(matrix: Matrix) -> dict[str, Score]:
+    """Return every metric of `DEFINITIONS` by name, as fractions; None where a cell is missing."""
+    values, baseline = matrix.values, matrix.baseline
+    return {
+        "transfer": transfer_zscl(values),
+        "avg": avg_zscl(values),
+        "last": last(values),
+        "average_accuracy": average_accuracy(values),
+        "average_incremental_accuracy": average_incremental_accuracy(values),
+        "bwt": bwt_lopezpaz(values),
+        "fwt": fwt_lopezpaz(values, baseline),
+        "forgetting": forgetting_chaudhry(values),
+        "zero_shot": None if baseline is None else _mean(baseline),
+        "zero_shot_transfer": None if baseline is None else _mean(baseline[1:]),
+    }
+
+
+def _square(values: ArrayLike) -> NDArray[np.float64]:
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
+        raise DataError(f"a matrix is square with at least one task; got shape {matrix.shape}")
+    return matrix
+
+
+def _vector(what: str, values: ArrayLike, size: int) -> NDArray[np.float64]:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.shape != (size,):
+        raise DataError(f"{what} must have {size} entries, one per task; got shape {vector.shape}")
+    return vector
+
+
+def _weights(counts: ArrayLike | None, size: int) -> NDArray[np.float64] | None:
+    if counts is None:
+        return None
+    weights = _vector("counts", counts, size)
+    if not (weights > 0).all():
+        raise DataError(f"weighting by samples needs counts above 0; got {weights.tolist()}")
+    return weights
+
+
+def _mean(cells: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> Score:
+    if cells.size == 0 or np.isnan(cells).any():
+        return None
+    return float(np.average(cells, weights=weights))
+
+
+def _mean_of(parts: Sequence[Score]) -> Score:
+    known = [part for part in parts if part is not None]
+    return float(np.mean(known)) if known and len(known) == len(parts) else None

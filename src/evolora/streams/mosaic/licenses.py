@@ -1,0 +1,64 @@
+"""Writes the attribution file of the embedded pictures from the packages' own metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from evolora.streams.mosaic.families import EMOJI_SPLITS, FLAG_SPLITS, ICON_SPLITS
+from evolora.streams.mosaic.furniture import catalogue
+from evolora.streams.mosaic.sources import fetch
+
+
+def license_text(domains: Iterable[tuple[str, str, str]], cache: Path | None) -> str:
+    """Returns `LICENSES.md`: every set and catalogue that the suite draws from, and its terms.
+
+    Args:
+        domains: (name, source, license) of each domain.
+        cache: folder of the registry packages.
+    """
+    index = json.loads((fetch("iconify", cache) / "package" / "collections.json").read_text())
+    used = [EMOJI_SPLITS, FLAG_SPLITS, ICON_SPLITS]
+    prefixes = {prefix for table in used for group in table.values() for prefix in group}
+    lines = ["# Licenses of the pictures in mosaic/domains", ""]
+    lines += ["| domain | source | terms |", "|---|---|---|"]
+    lines += [f"| {name} | {source} | {terms} |" for name, source, terms in domains]
+    lines += [
+        "",
+        "All pictures were rasterized at 64x64 pixels and padded; nothing else was changed.",
+    ]
+    lines += ["", "## Iconify sets (npm @iconify/json)", ""]
+    lines += ["| set | name | author | license |", "|---|---|---|---|"]
+    for prefix in sorted(prefixes):
+        info = index[prefix]
+        author, terms = info["author"], info["license"]
+        lines.append(
+            f"| {prefix} | {info['name']} | [{author['name']}]({author.get('url', '')}) "
+            f"| [{terms['spdx']}]({terms.get('url', '')}) |"
+        )
+    lines += [
+        "",
+        *_FURNITURE_TERMS,
+        "",
+        "Authors of single models, as the catalogues name them:",
+        "",
+    ]
+    root = fetch("furniture", cache) / "usr/share/sweethome3d/furniture"
+    for path in sorted(root.glob("*.sh3f")):
+        authors = sorted({entry["creator"] for entry in catalogue(path) if "creator" in entry})
+        lines.append(f"- {path.stem}: {', '.join(authors)}")
+    return "\n".join([*lines, ""])
+
+
+_FURNITURE_TERMS = (
+    "## Sweet Home 3D catalogues (Debian sweethome3d-furniture)",
+    "",
+    "| catalogue | author | license |",
+    "|---|---|---|",
+    "| KatorLegaz | 2003-2008 Andrew Kator & Jennifer Legaz | CC-BY-3.0-US |",
+    "| Reallusion | 2008-2011 Reallusion | CC-BY-3.0-US |",
+    "| Scopia | 2010-2012 Scopia Visual Interfaces Systems, s.l. | CC-BY-3.0 |",
+    "| BlendSwap-CC-BY | the BlendSwap contributors named in the package | CC-BY-3.0 |",
+    "| BlendSwap-CC-0 | 2014 Emmanuel Puybaret, eTeks, and contributors | CC0-1.0 |",
+)

@@ -1,0 +1,154 @@
+"""Task and Stream: what is learned, in which order, and what a prediction is judged against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from evolora.errors import StreamError
+
+LabelProtocol = Literal["task", "seen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sample as a data set gives it, before any preprocessing.
+
+    Args:
+        inputs: modality -> value; "image" is a uint8 tensor (3, height, width) in RGB, "text" a
+            string. A missing modality is absent from the mapping, never a placeholder.
+        label: class index for classification.
+        key: stable identifier within its task and split (file name, row number); names the sample
+            in errors and caches.
+    """
+
+    inputs: Mapping[str, Any]
+    label: int
+    key: str
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """A map-style data set: length and random access by index. Decoding happens on access."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSpace:
+    """The classes a prediction chooses from, and how a class name is put into words.
+
+    Args:
+        classes: human-readable class names; the index is the label.
+        templates: prompts with one "{}"; the first is used in training, all are averaged in
+            evaluation (CLIP's prompt ensembling).
+    """
+
+    classes: tuple[str, ...]
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise StreamError("a label space needs at least one class; got none")
+        if len(set(self.classes)) != len(self.classes):
+            twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+            raise StreamError(f"class names must be unique; repeated: {', '.join(twice[:5])}")
+        for template in self.templates or ("",):
+            if template.count("{}") != 1:
+                raise StreamError(f"a prompt template needs exactly one '{{}}'; got {template!r}")
+
+    def prompts(self, template: int = 0) -> list[str]:
+        """Return one prompt per class from the given template."""
+        return [self.templates[template].format(name) for name in self.classes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing to learn: its three splits, its label space and how it is judged.
+
+    Args:
+        name: unique within its stream.
+        train, val, test: data sets; ``val`` calibrates (thresholds, never weights) and may be
+            empty, then a share of ``train`` is held out for it.
+        labels: label space of this task alone.
+        modalities: the modalities this task's inputs may have.
+        metric: name of the metric of a test score, "accuracy" for classification.
+    """
+
+    name: str
+    train: Examples
+    val: Examples
+    test: Examples
+    labels: LabelSpace
+    modalities: tuple[str, ...] = ("image",)
+    metric: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        if len(self.train) == 0 or len(self.test) == 0:
+            raise StreamError(
+                f"task {self.name!r} needs training and test samples; "
+                f"got {len(self.train)} and {len(self.test)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Ordered tasks.
+
+    Args:
+        name: public name ("mosaic/domains").
+        tasks: in learning order.
+        label_protocol: "task": a test sample is classified among its own task's classes (MTIL);
+            "seen": among the classes of every task learned so far (class-incremental).
+        source: one line on where the data came from, for reports.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    label_protocol: LabelProtocol = "task"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise StreamError(f"stream {self.name!r} has no tasks")
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise StreamError(f"stream {self.name!r} repeats a task name: {names}")
+
+    def __iter__(self) -> Any:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def reordered(self, order: Sequence[str]) -> Stream:
+        """Return the stream with its tasks (or a subset of them) in the order of ``order``."""
+        by_name = {task.name: task for task in self.tasks}
+        unknown = [name for name in order if name not in by_name]
+        if unknown:
+            from evolora.errors import unknown_name
+
+            raise unknown_name("task", unknown[0], by_name)
+        return Stream(
+            name=self.name,
+            tasks=tuple(by_name[name] for name in order),
+            label_protocol=self.label_protocol,
+            source=self.source,
+        )
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some rows of a data set, in the given order."""
+
+    data: Examples
+    indices: Sequence[int] = field(default_factory=tuple)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.data[self.indices[index]]

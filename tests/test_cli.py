@@ -1,0 +1,109 @@
+"""The command line, driven as a user drives it: in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def evolora(*words: str, cwd: Path | None = None, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "evolora", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys, evolora.cli as c\n"
+        "try:\n    c.main(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for verb in ("demo", "run", "eval", "predict", "report", "inspect", "metrics", "ls", "data", "doctor"):
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["methods", "streams", "backbones"])
+def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
+    rows = json.loads(evolora("ls", kind, "--json").stdout)
+    assert rows and all(set(row) == {"name", "summary"} and row["summary"] for row in rows)
+    names = {row["name"] for row in rows}
+    expected = {
+        "methods": {"moe-adapters", "zero-shot", "linear-probe", "full-finetuning", "sequential-lora"},
+        "streams": {"mosaic/domains", "mtil", "class-incremental", "folder", "csv"},
+        "backbones": {"dual-encoder", "clip-tiny"},
+    }[kind]
+    assert expected <= names
+
+
+def test_inspect_counts_the_published_model() -> None:
+    found = json.loads(evolora("inspect", "configs/moe_adapters/mtil.yaml", "--json", cwd=ROOT).stdout)
+    assert found["parameters"]["experts"] == 43_625_472
+    assert found["parameters"]["gates_and_noise"] == 7_434_240
+    assert found["totals"]["adapters_and_routers"] == 51_059_712
+    assert found["totals"]["autoencoder"] == 8_696_164
+    assert found["backbone_parameters"] == 149_620_737
+    assert sum(site["parameters"] for site in found["sites"]) == 51_059_712
+
+
+def test_inspect_counts_the_class_incremental_model() -> None:
+    words = ("inspect", "configs/moe_adapters/class_incremental.yaml", "--json")
+    found = json.loads(evolora(*words, cwd=ROOT).stdout)
+    assert found["totals"]["adapters_and_routers"] == 4_027_392 == found["trainable"][0]
+
+
+def test_metrics_of_a_csv_and_an_npy(tmp_path: Path) -> None:
+    matrix = np.array([[0.5, 0.4], [0.3, 0.9]])
+    np.save(tmp_path / "m.npy", matrix)
+    (tmp_path / "m.csv").write_text("50,40\n30,90\n")
+    for name in ("m.npy", "m.csv"):
+        values = json.loads(evolora("metrics", str(tmp_path / name), "--json").stdout)["metrics"]
+        assert values["transfer"] == pytest.approx(0.40)
+        assert values["avg"] == pytest.approx((0.4 + 0.65) / 2)
+        assert values["last"] == pytest.approx(0.60)
+        assert values["bwt"] == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("run", "no-such.yaml"), "no configuration file"),
+        (("ls", "method"), "did you mean 'methods'"),
+        (("predict", "nowhere", "x.png"), "no run or artefact at nowhere"),
+        (("report", "nowhere"), "nowhere"),
+        (("metrics", "nowhere.csv"), "nowhere.csv"),
+        (("demo", "--methods", "moe-adapter"), "did you mean 'moe-adapters'"),
+        (("data", "build", "mosaic/domain"), "did you mean 'mosaic/domains'"),
+    ],
+)
+def test_a_users_fault_is_one_line_and_exit_code_2(
+    words: tuple[str, ...], hint: str, tmp_path: Path
+) -> None:
+    done = evolora(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and hint in lines[0]
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = evolora("--debug", "run", "no-such.yaml", cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_doctor_finds_what_is_embedded() -> None:
+    done = evolora("doctor", "--json")
+    findings = {row["name"]: row for row in json.loads(done.stdout)}
+    assert done.returncode == 0 and findings["embedded assets"]["ok"]

@@ -1,4 +1,4 @@
-"""Configuration: YAML and key=value words checked against frozen dataclasses, all faults at once."""
+"""YAML and key=value words, checked against frozen dataclasses, all faults at once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolora.errors import ConfigError, EvoloraError, suggest, unknown_name
+from evolora.errors import ConfigError, suggest, unknown_name
 from evolora.registry import METHODS, STREAMS
 
 if TYPE_CHECKING:
@@ -95,6 +97,9 @@ class RunConfig:
 
 
 SECTIONS = ("method", "stream", "backbone", "training", "evaluation", "seed", "name")
+SHORT = {"method": "type", "stream": "name", "backbone": "name_or_path"}
+"""Sections that may be given as one word, and the setting that the word is."""
+_SCIENTIFIC = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -111,7 +116,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = (
             suggest(path.name, [p.name for p in path.parent.glob("*.yaml")])
@@ -120,14 +125,41 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
         raise ConfigError(f"no configuration file {path}{near}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-01
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path} is not valid YAML{line}") from error
+        problem = getattr(error, "problem", error)
+        why = f": {problem}" if problem else ""
+        raise ConfigError(f"{path} is not valid YAML{line}{why}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections ({', '.join(SECTIONS)})")
+        got = "it is empty" if value is None else f"got {type(value).__name__}"
+        raise ConfigError(f"{path} must hold a mapping of sections ({', '.join(SECTIONS)}); {got}")
     return value
+
+
+def _parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text; 1e-3 is a number and a key given twice is an error.
+
+    PyYAML follows YAML 1.1, where "1e-3" without a dot is a string, and keeps the last of two equal
+    keys without a word.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                    )
+                if isinstance(key.value, str):
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+0123456789."))
+    return yaml.load(text, Loader)
 
 
 def apply_overrides(value: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -145,14 +177,19 @@ def apply_overrides(value: Mapping[str, Any], words: Sequence[str]) -> dict[str,
             )
         *parents, last = key.split(".")
         place = result
-        for parent in parents:
-            inner = place.setdefault(parent, {})
+        for depth, parent in enumerate(parents):
+            inner = place.get(parent)
+            if inner is None:
+                inner = {}
+            elif isinstance(inner, str) and depth == 0 and parent in SHORT:
+                inner = {SHORT[parent]: inner}  # "method: zero-shot" is short for its type
             if not isinstance(inner, dict):
                 raise ConfigError(f"{word!r}: {parent!r} is a value, not a section")
+            place[parent] = inner
             place = inner
         try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            place[last] = _parse_yaml(text)
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{word!r}: the value is not valid YAML") from error
     return result
 
@@ -166,25 +203,24 @@ def parse_config(value: Mapping[str, Any], *, source: str = "configuration") -> 
     from evolora.training.config import TrainingConfig
 
     faults: list[str] = [
-        f"{key}: unknown section{suggest(key, SECTIONS)}" for key in value if key not in SECTIONS
+        f"{key}: unknown section{suggest(str(key), SECTIONS)}"
+        for key in value
+        if key not in SECTIONS
     ]
-    parts: dict[str, Any] = {}
-    method = value.get("method")
-    if isinstance(method, str):
-        method = {"type": method}
-    if not isinstance(method, Mapping) or "type" not in method:
-        faults.append(f"method.type: missing (known: {', '.join(METHODS.names())})")
-    elif method["type"] not in METHODS:
-        faults.append(f"method.type: {unknown_name('method', method['type'], METHODS.names())}")
-    else:
-        parts["method"] = _check(METHODS.get(method["type"]).config_class, method, "method", faults)
-    parts["stream"] = _check_stream(value.get("stream"), faults)
+    parts: dict[str, Any] = {
+        "method": check_method(value.get("method"), faults),
+        "stream": _check_stream(value.get("stream"), faults),
+    }
+    _check_plain(parts["stream"] or {}, faults)
     for name, kind in (
         ("backbone", BackboneConfig),
         ("training", TrainingConfig),
         ("evaluation", EvaluationConfig),
     ):
-        parts[name] = _check(kind, value.get(name) or {}, name, faults)
+        given = value.get(name)
+        if isinstance(given, str) and name in SHORT:
+            given = {SHORT[name]: given}
+        parts[name] = _check(kind, {} if given is None else given, name, faults)
     parts["seed"] = _check(int, value.get("seed", 0), "seed", faults)
     parts["name"] = _check(str, value.get("name", ""), "name", faults)
     if faults:
@@ -192,32 +228,91 @@ def parse_config(value: Mapping[str, Any], *, source: str = "configuration") -> 
     return RunConfig(**parts)
 
 
+def _check_plain(stream: Mapping[str, Any], faults: list[str]) -> None:
+    """Note stream options that cannot be kept as JSON (YAML also knows dates, sets and bytes)."""
+    faults.extend(
+        f"stream.{key}: expected text, numbers, lists or mappings; got {option!r}"
+        for key, option in stream.items()
+        if not _is_plain(option)
+    )
+
+
+def check_method(value: Any, faults: list[str]) -> Any:
+    """Return the configuration instance of a method section, or None with every fault noted."""
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, Mapping) or "type" not in value:
+        faults.append(f"method.type: missing (known: {', '.join(METHODS.names())})")
+        return None
+    if value["type"] not in METHODS.names():
+        faults.append(f"method.type: {unknown_name('method', value['type'], METHODS.names())}")
+        return None
+    return _check(METHODS.get(value["type"]).config_class, value, "method", faults)
+
+
 def _check(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
     """Validate one section strictly; on failure note every fault under its path."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    config = ConfigDict(extra="forbid")
+    before = len(faults)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            faults.append(f"{path}: expected a mapping of settings; got {value!r}")
+            return None
+        _forbid_extra(kind, ConfigDict(extra="forbid"))
+        value = _check_alternatives(kind, value, path, faults)
     try:
-        if dataclasses.is_dataclass(kind):
-            _forbid_extra(kind, config)
-            return TypeAdapter(kind).validate_python(value)
-        return TypeAdapter(kind).validate_python(value)
+        checked = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         for fault in error.errors():
-            # pydantic names the alternative of a union by class; a user only knows the field path
-            where = ".".join(
-                [path, *(str(p) for p in fault["loc"] if not str(p).endswith("Config"))]
-            )
+            if fault["type"] == "value_error" and len(faults) > before:
+                continue  # a combination can only be judged when its parts are right
+            where = ".".join([path, *(str(part) for part in fault["loc"])])
             faults.append(f"{where}: {_fault_text(fault, kind)}")
-    except EvoloraError as error:
-        faults.append(f"{path}: {error}")
-    return None
+        return None
+    return checked if len(faults) == before else None
+
+
+def _check_alternatives(
+    kind: Any, value: Mapping[Any, Any], path: str, faults: list[str]
+) -> Mapping[Any, Any]:
+    """Check the settings that are one of several dataclasses told apart by their ``type``.
+
+    pydantic would list the faults of every alternative; a user means one. Wrong ones are left out
+    of the result, so that the rest of the section is still checked.
+    """
+    checked = dict(value)
+    for name, alternatives in _alternatives(kind).items():
+        if name not in value or dataclasses.is_dataclass(value[name]):
+            continue
+        given = checked.pop(name)
+        given = {"type": given} if isinstance(given, str) else given
+        if not isinstance(given, Mapping):
+            known = ", ".join(sorted(alternatives))
+            faults.append(f"{path}.{name}: expected a mapping with a type ({known}); got {given!r}")
+            continue
+        chosen = given.get("type", next(iter(alternatives)))
+        if chosen not in list(alternatives):
+            faults.append(f"{path}.{name}.type: {unknown_name('type', chosen, alternatives)}")
+            continue
+        part = _check(alternatives[chosen], given, f"{path}.{name}", faults)
+        if part is not None:
+            checked[name] = part
+    return checked
+
+
+def _alternatives(kind: Any) -> dict[str, dict[str, Any]]:
+    """Return field -> {type name: dataclass} of fields that are a union of dataclasses."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        parts = [part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)]
+        if len(parts) > 1:
+            found[name] = {str(getattr(part, "type")): part for part in parts}  # noqa: B009
+    return found
 
 
 def _forbid_extra(kind: Any, config: Any, seen: set[Any] | None = None) -> None:
     """Make pydantic refuse unknown keys in a dataclass and in the dataclasses it holds."""
-    import typing
-
     seen = seen if seen is not None else set()
     if kind in seen or not dataclasses.is_dataclass(kind):
         return
@@ -230,9 +325,17 @@ def _forbid_extra(kind: Any, config: Any, seen: set[Any] | None = None) -> None:
 
 
 def _fault_text(fault: Mapping[str, Any], kind: Any) -> str:
+    """Return one pydantic fault as a user reads it."""
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        for part in fault["loc"][:-1]:
+            kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
         names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-        return f"unknown setting{suggest(str(fault['loc'][-1]), names)}"
+        known = suggest(str(fault["loc"][-1]), names) or (
+            f" (known: {', '.join(names)})" if names else ""
+        )
+        return f"unknown setting{known}"
+    if fault["type"] == "value_error":  # our own check of a dataclass: it says what came
+        return str(fault["ctx"]["error"])
     return f"{fault['msg']}; got {fault['input']!r}"
 
 
@@ -242,15 +345,27 @@ def _check_stream(value: Any, faults: list[str]) -> dict[str, Any] | None:
     if not isinstance(value, Mapping) or "name" not in value:
         faults.append(f"stream.name: missing (known: {', '.join(STREAMS.names())})")
         return None
-    if value["name"] not in STREAMS:
+    if value["name"] not in STREAMS.names():
         faults.append(f"stream.name: {unknown_name('stream', value['name'], STREAMS.names())}")
         return None
-    allowed = [p for p in inspect.signature(STREAMS.get(value["name"])).parameters]
+    allowed = inspect.signature(STREAMS.get(value["name"])).parameters
     for key in value:
         if key != "name" and key not in allowed:
-            hint = suggest(key, allowed) or f" (known: {', '.join(allowed)})"
+            hint = suggest(str(key), allowed) or f" (known: {', '.join(allowed)})"
             faults.append(f"stream.{key}: unknown option of {value['name']}{hint}")
+    for key, parameter in allowed.items():
+        if parameter.default is parameter.empty and key not in value:
+            faults.append(f"stream.{key}: missing; {value['name']} needs it")
     return dict(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value can be kept as JSON."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def load_stream(name: str, **options: Any) -> Stream:
@@ -271,9 +386,9 @@ def load_stream(name: str, **options: Any) -> Stream:
 def build_method(config: Any, backbone: Backbone, *, seed: int = 0) -> Method:
     """Return the method a configuration instance describes, attached to the backbone."""
     name = getattr(config, "type", None)
-    if name is None or not dataclasses.is_dataclass(config):
+    if name is None or not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise ConfigError(
-            f"method must be a method configuration such as evolora.MoEAdapters(r=16); got {config!r}"
+            f"method must be a configuration such as evolora.MoEAdapters(r=16); got {config!r}"
         )
     method: Method = METHODS.get(name)(config, backbone, seed=seed)
     return method

@@ -1,4 +1,4 @@
-"""``evolora demo``: the main job on the embedded model and data, offline, every method side by side.
+"""``evolora demo``: the main job on the embedded model and data, offline, all methods.
 
 Each method is an ordinary run (``runs/demo/METHOD``) in a process of its own with one thread, as
 many at a time as there are cores. A demo that was interrupted goes on; a finished run is kept.
@@ -116,9 +116,7 @@ def run_demo(
     return DemoResult(runs=folders, report=report, seconds=time.perf_counter() - start)
 
 
-def _run_all(
-    configs: Mapping[str, RunConfig], folders: Mapping[str, Path], progress: bool
-) -> None:
+def _run_all(configs: Mapping[str, RunConfig], folders: Mapping[str, Path], progress: bool) -> None:
     context = multiprocessing.get_context("spawn")
     cores = os.cpu_count() or 1
     workers = max(1, min(cores, len(configs)))

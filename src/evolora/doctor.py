@@ -80,7 +80,8 @@ def _assets() -> dict[str, Any]:
     backbones = embedded_backbones()
     data = (ROOT / "mosaic" / "domains.safetensors").exists()
     ok = bool(backbones) and data
-    detail = f"backbones {', '.join(backbones) or 'none'}; mosaic/domains {'present' if data else 'missing'}"
+    found = "present" if data else "missing"
+    detail = f"backbones {', '.join(backbones) or 'none'}; mosaic/domains {found}"
     return _finding("embedded assets", ok, detail if ok else detail + "; reinstall evolora")
 
 

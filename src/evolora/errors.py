@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each message names what came, what is allowed and the nearest valid name."""
+"""Errors a user can act on: what came, what is allowed, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class EvoloraError(Exception):
-    """Base of every error that is the user's to mend; the CLI prints it in one line, exit code 2."""
+    """Base of the errors that are the user's to mend; the CLI prints one line, exit code 2."""
 
 
 class ConfigError(EvoloraError, ValueError):

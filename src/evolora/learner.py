@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from evolora.backbones.base import Backbone
-from evolora.errors import ConfigError, DataError
+from evolora.backbones.base import Backbone, Batch
+from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.evaluation.cost import Cost, measure_cost
 from evolora.methods.base import Method, Objective
+from evolora.registry import METHODS
 from evolora.routing.route import BASE
+from evolora.routing.selector import AlwaysSelector
 from evolora.streams.images import read_image
+from evolora.streams.sampling import image_folder
 from evolora.streams.task import Example, Examples, LabelSpace, Subset, Task
 from evolora.training.batches import Share, TrainingBatches, evaluation_batches
 from evolora.training.config import TrainingConfig
@@ -151,7 +154,7 @@ class Learner:
 
         Args:
             task: what to learn.
-            progress: where an interrupted learning of this task stopped; its allocation is done then.
+            progress: where an interrupted learning of this task stopped (it is allocated then).
             save: called at checkpoints with (steps done, optimizer state).
         """
         if progress is None:
@@ -171,11 +174,24 @@ class Learner:
         progress: Progress | None = None,
         save: Callable[[int, Mapping[str, Tensor]], None] | None = None,
     ) -> float | None:
-        """Learn several tasks at once, each step a batch of one of them in turn; as many steps each."""
+        """Learn several tasks at once: each step a batch of one of them in turn, equally many.
+
+        Raises:
+            ConfigError: the method learns one task after another, or no task was given.
+        """
+        if not self.method.joint:
+            joint = [entry.name for entry in METHODS if entry.value.joint]
+            raise ConfigError(
+                f"{self.method.config.type} learns one task after another; call learn for each "
+                f"(methods that learn jointly: {', '.join(joint)})"
+            )
+        if not tasks:
+            raise ConfigError("learn_jointly needs at least one task; got none")
         if progress is None:
             for task in tasks:
                 self.begin(task)
-        parts = [(index, split_held_out(task)[0]) for index, task in enumerate(tasks)]
+        first = len(self.task_names) - len(tasks)
+        parts = [(first + index, split_held_out(task)[0]) for index, task in enumerate(tasks)]
         run = self._task_run("all tasks", parts, self.training.max_steps * len(tasks))
         loss = self._train(run, progress, save)
         self.method.finish_task()
@@ -244,11 +260,15 @@ class Learner:
         feature = self.method.selector.feature
         if feature is None:
             return
-        count = min(len(train), SELECTOR_SAMPLES)
-        rows = [row * len(train) // count for row in range(count)]
-        self.method.selector.learn(
+        selector = self.method.selector
+        folder = selector.wants_reference
+        if folder is not None:
+            selector.learn_reference(
+                self.features(_spread(image_folder(folder)), feature), self.seed
+            )
+        selector.learn(
             index,
-            self.features(Subset(train, rows), feature),
+            self.features(_spread(train), feature),
             self.features(held_out, feature),
             self.seed,
         )
@@ -303,33 +323,49 @@ class Learner:
 
     # -- answering -------------------------------------------------------------------------------
 
-    def predict(self, images: Any, *, classes: Sequence[str] | None = None) -> list[Answer]:
-        """Answer each image on its own, without being told its task.
+    def predict(
+        self, images: Any, *, classes: Sequence[str] | None = None, task: str | None = None
+    ) -> list[Answer]:
+        """Answer each image on its own, without being told its task (unless ``task`` tells it).
 
         Args:
             images: one image or a list: file names, bytes, PIL images or uint8 arrays.
             classes: class names to choose from, with the templates of the task that answers. None
                 lets the task that answers choose among its own classes; the base chooses among all
                 classes of all learned tasks.
+            task: name of a learned task whose experts shall answer every image, among its classes.
+                Methods with ``routing == "oracle"`` know no task by themselves and need it.
 
         Raises:
             DataError: nothing was given, or an image cannot be read (the message names it).
+            ConfigError: ``classes`` is no list of names, or ``task`` is not learned.
         """
         sources = list(images) if isinstance(images, list | tuple) else [images]
         if not sources:
             raise DataError("no images were given; pass at least one file, image or array")
-        examples = [
-            Example(inputs={"image": read_image(source)}, label=0, key=str(index))
-            for index, source in enumerate(sources)
-        ]
+        chosen = None if task is None else self._learned_index(task)
+        _check_classes(classes)
         self.method.eval()
         answers: list[Answer] = []
-        for start in range(0, len(examples), self.evaluation_batch_size):
-            batch = self.backbone.collate(examples[start : start + self.evaluation_batch_size])
-            answers.extend(self._answers(batch, classes))
+        size = self.evaluation_batch_size
+        for start in range(0, len(sources), size):  # decoded part by part: photographs are large
+            part = range(start, min(start + size, len(sources)))
+            batch = self.backbone.collate([_example(sources, index) for index in part])
+            answers.extend(self._answers(batch, classes, chosen))
         return answers
 
-    def _answers(self, batch: Any, classes: Sequence[str] | None) -> list[Answer]:
+    def _learned_index(self, task: str) -> int:
+        if not self.task_names:
+            raise ConfigError(f"task {task!r} is not learned; nothing is learned yet")
+        if task not in self.task_names:
+            raise unknown_name("task", task, self.task_names)
+        return self.task_names.index(task)
+
+    def _answers(
+        self, batch: Batch, classes: Sequence[str] | None, chosen: int | None
+    ) -> list[Answer]:
+        if chosen is not None:
+            return self._told_answers(batch, classes, chosen)
         with torch.no_grad():
             encoded, tasks = self.method.route(batch)
         answers: list[Answer | None] = [None] * len(batch)
@@ -342,6 +378,22 @@ class Learner:
             for row, values in zip(rows.tolist(), scores, strict=True):
                 answers[row] = _answer(values, space, self._task_name(task))
         return [answer for answer in answers if answer is not None]
+
+    def _told_answers(
+        self, batch: Batch, classes: Sequence[str] | None, chosen: int
+    ) -> list[Answer]:
+        """Answer a batch with the experts of one task, or the base where the method has none."""
+        space = self.method.labels[chosen]
+        if classes is not None:
+            space = replace(space, classes=tuple(classes))
+        selector = self.method.selector
+        frozen = isinstance(selector, AlwaysSelector) and selector.task == BASE
+        experts = BASE if frozen else self.method.expert_task(chosen)
+        tasks = torch.full((len(batch),), experts, device=self.backbone.device)
+        with torch.no_grad():
+            scores = self.method.answer(batch, None, tasks, space).scores
+        name = BASE_NAME if experts == BASE else self.task_names[chosen]
+        return [_answer(values, space, name) for values in scores]
 
     def answer_space(self, task: int, classes: Sequence[str] | None) -> LabelSpace:
         """Return what an answer of ``task`` (or BASE) is chosen from, see :meth:`predict`."""
@@ -379,6 +431,8 @@ class Learner:
         folder: str | Path,
         model: nn.Module | Backbone | None = None,
         processor: Any | None = None,
+        *,
+        training: TrainingConfig | None = None,
     ) -> Learner:
         """Return a learner from an artefact; needs no training data.
 
@@ -386,13 +440,14 @@ class Learner:
             folder: what :meth:`save_pretrained` or ``evolora run`` wrote.
             model: the backbone; None loads the one the artefact names.
             processor: its processor.
+            training: how further tasks are trained.
 
         Raises:
-            StorageError: missing or corrupt, or the backbone's weights are not those it was made on.
+            StorageError: missing, corrupt, or made on a backbone of other weights.
         """
         from evolora.storage.artefact import load_artefact
 
-        return load_artefact(Path(folder), model, processor)
+        return load_artefact(Path(folder), model, processor, training=training)
 
 
 def split_held_out(task: Task) -> tuple[Examples, Examples]:
@@ -407,6 +462,12 @@ def split_held_out(task: Task) -> tuple[Examples, Examples]:
     return Subset(task.train, kept), Subset(task.train, sorted(held))
 
 
+def _spread(data: Examples) -> Subset:
+    """Return at most SELECTOR_SAMPLES rows, spread evenly."""
+    count = min(len(data), SELECTOR_SAMPLES)
+    return Subset(data, [row * len(data) // count for row in range(count)])
+
+
 def _in_turn(feeds: Sequence[TrainingBatches], step: int) -> Any:
     """Yield steps of several tasks in turn: overall step s is step s // t of task s % t."""
     count = len(feeds)
@@ -418,6 +479,28 @@ def _in_turn(feeds: Sequence[TrainingBatches], step: int) -> Any:
     for overall in range(step, total):
         for _ in range(micro):
             yield next(sources[overall % count])
+
+
+def _example(sources: Sequence[Any], index: int) -> Example:
+    """Return one input as an example; among several, an error says which one it was."""
+    try:
+        image = read_image(sources[index])
+    except DataError as error:
+        if len(sources) == 1:
+            raise
+        raise DataError(f"image {index + 1} of {len(sources)}: {error}") from error
+    return Example(inputs={"image": image}, label=0, key=str(index))
+
+
+def _check_classes(classes: Sequence[str] | None) -> None:
+    """Refuse what is no list of class names: one string would be taken letter by letter."""
+    if classes is None:
+        return
+    wrong = isinstance(classes, str) or not isinstance(classes, Sequence)
+    if wrong or not all(isinstance(name, str) and name.strip() for name in classes):
+        raise ConfigError(f"classes must be a list of class names; got {classes!r}")
+    if not classes:
+        raise ConfigError("classes must name at least one class; got an empty list")
 
 
 def _answer(scores: Tensor, space: LabelSpace, task: str) -> Answer:

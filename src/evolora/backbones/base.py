@@ -28,6 +28,7 @@ class Batch:
         keys: identifier of each sample.
         task: index of the samples' task in the stream; read in training and by oracles only.
         random: randomness of the training step; None in evaluation.
+        step_labels: class indices of the whole global batch where several processes share it.
     """
 
     inputs: Mapping[str, Tensor]
@@ -35,6 +36,7 @@ class Batch:
     keys: tuple[str, ...]
     task: int | None = None
     random: StepRandom | None = None
+    step_labels: Tensor | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -176,6 +178,7 @@ class Backbone(ABC):
         self.forget_classes()
         return self._states
 
+    @abstractmethod
     def forget_classes(self) -> None:
         """Drop cached class embeddings of learned tasks; called whenever experts may change."""
 
@@ -186,7 +189,7 @@ class Backbone(ABC):
             for name, tensor in sorted(self.model.state_dict().items()):
                 value = tensor.detach().cpu().contiguous()
                 digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-                digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+                digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

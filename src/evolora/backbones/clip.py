@@ -1,4 +1,4 @@
-"""CLIP-like dual encoders (``CLIPModel``, ``SiglipModel``): image classification by class-name prompts.
+"""CLIP-like dual encoders (``CLIPModel``, ``SiglipModel``): images against class-name prompts.
 
 logits = exp(logit_scale) * cos(image, text) (+ logit_bias for SigLIP). Class prompts are encoded
 with the same task's experts as the images that are compared with them.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolora.backbones.base import Backbone, Batch, Encoded
-from evolora.errors import ConfigError, DataError, unknown_name
+from evolora.errors import ConfigError, DataError, suggest, unknown_name
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom, generator
 from evolora.registry import BACKBONES
@@ -54,7 +54,7 @@ class DualEncoder(Backbone):
     def __init__(self, model: nn.Module, processor: Any | None = None, *, name: str = "") -> None:
         if not (hasattr(model, "vision_model") and hasattr(model, "text_model")):
             raise ConfigError(
-                f"expected a dual encoder such as CLIPModel or SiglipModel, got {type(model).__name__}"
+                f"expected a dual encoder (CLIPModel, SiglipModel), got {type(model).__name__}"
             )
         super().__init__(model)
         self.name = name
@@ -125,7 +125,7 @@ class DualEncoder(Backbone):
         return (scaled - mean.to(self.device).view(shape)) / std.to(self.device).view(shape)
 
     def encode_base(self, batch: Batch, *, features: bool = True) -> Encoded:
-        """Run the untouched vision tower; features "pooled" and "layers" come from the same pass."""
+        """Run the untouched vision tower; the routing features come from the same pass."""
         with torch.no_grad(), self.host.disabled():
             if not features:
                 return Encoded(embedding=self._image_embedding(batch))
@@ -254,7 +254,7 @@ class DualEncoder(Backbone):
         return _pooled(self.call("get_text_features", **tokens))
 
     def tokenize(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return token tensors on the device, padded to the longest prompt (SigLIP: to its maximum)."""
+        """Return token tensors, padded to the longest prompt (SigLIP: to its maximum)."""
         if self.processor is None:
             raise ConfigError("this backbone was built without a processor; it has shapes only")
         limit = int(self.config.text_config.max_position_embeddings)
@@ -306,10 +306,19 @@ def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> Dual
     """
     from transformers import AutoModel, AutoProcessor
 
-    from evolora.assets import embedded_backbone
+    from evolora.assets import embedded_backbone, embedded_backbones
 
     folder = embedded_backbone(name_or_path)
     where = str(folder or name_or_path)
+    if not folder and "/" not in name_or_path and not Path(name_or_path).is_dir():
+        # Hub names have an owner; a bare word is a misspelt embedded name or folder, not worth a
+        # minute of connection attempts where there is no network.
+        known = embedded_backbones()
+        raise DataError(
+            f"no backbone {name_or_path!r}{suggest(name_or_path, known)} (embedded: "
+            f"{', '.join(known)}; a local folder or a hub name such as "
+            "'openai/clip-vit-base-patch16' will do too)"
+        )
     try:
         model = AutoModel.from_pretrained(where, revision=revision, dtype=torch.float32)
         load_processor: Any = AutoProcessor.from_pretrained

@@ -1,7 +1,7 @@
 """Count what a configuration will cost, before any weight or image exists.
 
 The backbone is built on the meta device (shapes without storage), the method is attached and walked
-through the stream's tasks; every number is counted on the tensors that this allocates, none is typed.
+through the stream's tasks; every number is counted on the tensors that this allocates.
 FLOPs of the base are counted by torch while a meta tensor runs through it; those of experts follow
 from the shapes (two per multiply-add of the experts that answer one row).
 """
@@ -23,7 +23,6 @@ from evolora.errors import ConfigError, DataError
 from evolora.methods.base import Method
 from evolora.routing.selector import AutoEncoderSelector
 from evolora.streams.task import LabelSpace
-
 
 PARTS = {
     ".bank.": "experts",

@@ -74,7 +74,7 @@ class GrowingStack(nn.Module):
         self.slot = new_slot.to(self.slot.device)
 
     def widen(self, size: int) -> None:
-        """Pad the last axis of every row with zeros to ``size``; what was there stays bit for bit."""
+        """Pad the last axis of every row with zeros to ``size``; what was there stays as it is."""
         extra = size - self.shape[-1]
         if extra < 0:
             raise ConfigError(f"rows are {self.shape[-1]} wide and only grow; got size {size}")
@@ -88,7 +88,7 @@ class GrowingStack(nn.Module):
         return [row for row, place in enumerate(self.slot.tolist()) if place < count]
 
     def take(self, ids: Tensor) -> Tensor:
-        """Return rows ``ids`` (any shape s) as (*s, *shape); gradients reach trainable rows only."""
+        """Return rows ``ids`` (shape s) as (*s, *shape); gradients reach trainable rows only."""
         if self.active.shape[0] == 0:
             return self.frozen[self.slot[ids]]
         if self.frozen.shape[0] == 0:
@@ -142,7 +142,7 @@ class ExpertBank(nn.Module):
     def grow(self, count: int, generator: torch.Generator | None = None) -> list[int]:
         """Append ``count`` experts that output exactly zero; return their identifiers.
 
-        A is Kaiming-uniform with a = sqrt(5), i.e. uniform in +-1/sqrt(d_in); B and biases are zero.
+        A is Kaiming-uniform with a = sqrt(5): uniform in +-1/sqrt(d_in). B and biases are zero.
         """
         device = self.A.active.device
         rows = torch.empty(count, self.r, self.d_in, device=device)
@@ -176,5 +176,5 @@ class ExpertBank(nn.Module):
 
 
 def _parameter(rows: Tensor) -> nn.Parameter:
-    """An empty Parameter asks for no gradient, so that it never enters an optimizer or a reducer."""
+    """An empty Parameter asks for no gradient, so it never enters an optimizer or a reducer."""
     return nn.Parameter(rows, requires_grad=rows.numel() > 0)

@@ -52,7 +52,8 @@ def mix(
         ids: (b, k) expert per row, or (1, k) when all rows share them.
         gates: same shape as ``ids``; a gate of 0 silences its expert.
         dropout: probability of zeroing a bottleneck unit; needs ``random``, off without it.
-        random, key: randomness of the step and the name under which this site draws.
+        random: randomness of the step.
+        key: name under which this site draws.
         formulation: "auto" applies the dispatch rule; the others force one form.
     """
     chosen = choose(bank, x, ids) if formulation == "auto" else formulation

@@ -1,4 +1,4 @@
-"""Sites: the places inside a frozen model where experts stand, inserted and removed without a trace.
+"""Sites: where experts stand inside a frozen model, inserted and removed without a trace.
 
 A stock ``transformers`` model is never subclassed, rewritten or wrapped: a site is one or two
 forward hooks. Its state dict, its module tree and its weights stay what they were.
@@ -58,7 +58,7 @@ class Site:
 
 
 class ExpertLayer(nn.Module):
-    """What stands at a site: from the site's input, its base output and the route to the new output."""
+    """What stands at a site: from its input, its base output and the route to the new output."""
 
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
         """Return the new output (b, n, d_out); never called with a row that the base answers."""

@@ -46,7 +46,7 @@ class UsageCounter(nn.Module):
         self.counts = torch.nn.functional.pad(self.counts, (0, experts - len(self.counts)))
 
     def most_used(self, count: int) -> list[int]:
-        """Return the ``count`` most used experts; ties go to the smaller index, unused ones never."""
+        """Return the ``count`` most used experts, never unused ones; ties: the smaller index."""
         order = torch.sort(self.counts, descending=True, stable=True)
         pairs = zip(order.indices.tolist(), order.values.tolist(), strict=True)
         return [expert for expert, uses in list(pairs)[:count] if uses > 0]

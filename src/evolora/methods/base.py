@@ -96,7 +96,7 @@ class Method(nn.Module):
     # -- learning --------------------------------------------------------------------------------
 
     def begin_task(self, name: str, labels: LabelSpace) -> None:
-        """Take up a new task: allocate its experts, trainable; everything older that stays is frozen."""
+        """Take up a new task: allocate its experts, trainable."""
         self.task_names.append(name)
         self.labels.append(labels)
         self.allocate(len(self.labels) - 1)
@@ -268,7 +268,8 @@ class Method(nn.Module):
         if limit < 2:
             raise ConfigError(f"max_classes must be at least 2; got {limit}")
         order = batch.random.whole().normal("classes", (len(labels.classes),), torch.empty(()))
-        present = torch.tensor(sorted(set(batch.labels.tolist())))
+        together = batch.labels if batch.step_labels is None else batch.step_labels
+        present = torch.tensor(sorted(set(together.tolist())))
         order[present] += 1e6
         subset = torch.topk(order, max(limit, len(present))).indices.sort().values
         position = torch.full((len(labels.classes),), -1)

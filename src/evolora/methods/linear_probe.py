@@ -67,13 +67,13 @@ class LinearProbe(Method):
     def answer(
         self, batch: Batch, encoded: Encoded | None, tasks: Tensor, labels: LabelSpace
     ) -> Prediction:
-        """Return class probabilities; the label space, not the task, says which vectors are used."""
+        """Return class probabilities; the label space says which vectors are used."""
         embedding = self.backbone.encode_base(batch, features=False).embedding
         logits = self.backbone.logits(embedding, self.classifier(labels, BASE))
         return Prediction(scores=torch.softmax(logits, dim=1), tasks=tasks)
 
     def classifier(self, labels: LabelSpace, task: int) -> Tensor:
-        """Return (c, p): learned vectors where a task taught the class, prompt embeddings elsewhere."""
+        """Return (c, p): learned vectors where a task taught the class, else prompt embeddings."""
         classes = super().classifier(labels, BASE).clone()
         learned = self._learned_rows(labels)
         if learned:
@@ -82,7 +82,7 @@ class LinearProbe(Method):
         return classes
 
     def _learned_rows(self, labels: LabelSpace) -> dict[int, int]:
-        """Map class index -> vector row; a task with the very same classes comes first, else the newest."""
+        """Map class index -> vector row: of the task with the same classes, else of the newest."""
         known: dict[str, int] = {}
         first = 0
         for own in self.labels:

@@ -1,4 +1,4 @@
-"""MoE-Adapters + DDAS: a pool of experts beside every MLP, a router per task, unseen inputs to CLIP.
+"""MoE-Adapters + DDAS: pooled experts beside every MLP, a router per task, a way out to CLIP.
 
 One idea: a frozen CLIP gets, beside the MLP of each block, a pool of small experts. Every task owns
 a router that mixes the top-k of them per sample; the experts a task used most are frozen when it
@@ -99,7 +99,7 @@ class MoEAdaptersConfig:
         min_free_experts: a new task finds at least so many unfrozen experts; the pool grows to it.
         text_routing: token a prompt is routed on: its "end" (default) or "start" (authors).
         noise: noisy gates in training (True).
-        noise_at_test: also at test time (the authors' class-incremental runs); drawn from a fixed seed.
+        noise_at_test: also at test time (the authors' class-incremental runs); fixed seed.
         load_balance: weight of CV^2 of the experts' importance (summed gates) plus CV^2 of their
             load (summed chances to be chosen), per site (authors: 0.01, computed and dropped; 0).
         selector: who recognises the task.

@@ -2,8 +2,8 @@
 
     z = squash(f) ;  error_t(f) = mean((W2_t^T relu(W1_t^T z + b1_t) + b2_t - z)^2)
 
-MoE-Adapters' DDAS (arXiv 2403.11549, section 3.3) squashes AlexNet features by a sigmoid and ends in
-a sigmoid. On tower features we standardise by the task's own mean and spread instead (ours): a
+MoE-Adapters' DDAS (arXiv 2403.11549, section 3.3) squashes AlexNet features by a sigmoid and ends
+in a sigmoid. On tower features we standardise by the task's own mean and spread instead (ours): a
 feature that never varies inside a task then counts strongly against a foreign sample.
 """
 
@@ -22,7 +22,7 @@ from evolora.randomness import generator
 
 Squash = Literal["standardize", "sigmoid"]
 TASKS_PER_CHUNK = 16
-"""Reconstructions are (tasks, rows, features); scoring so many tasks at once bounds their memory."""
+"""Reconstructions are (tasks, rows, features): scored so many tasks at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)

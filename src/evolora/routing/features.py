@@ -27,7 +27,7 @@ ALEXNET_CONVS = (
 
 
 class AlexNetFeatures(nn.Module):
-    """conv5 of AlexNet before its activation, (b, 43264) at 224 px: the features of the authors' DDAS.
+    """conv5 of AlexNet before its activation, (b, 43264) at 224 px: the authors' DDAS features.
 
     Args:
         path: ``.safetensors`` or ``.pth`` file of ImageNet weights under the usual names

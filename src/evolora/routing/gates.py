@@ -52,7 +52,8 @@ def prob_in_top_k(clean: Tensor, noisy: Tensor, std: Tensor, k: int) -> Tensor:
     largest = noisy.topk(k + 1, dim=-1).values
     inside, outside = largest[:, k : k + 1], largest[:, k - 1 : k]
     bar = torch.where(noisy > inside, inside, outside)
-    return torch.special.ndtr((clean - bar) / std)
+    chance: Tensor = torch.special.ndtr((clean - bar) / std)
+    return chance
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,16 +35,24 @@ class Selector(nn.Module):
     feature: str | None = None
     """Name of the base features it reads (see ``Encoded.features``), or None for none."""
 
+    @property
+    def wants_reference(self) -> str | None:
+        """Folder of images that :meth:`learn_reference` must see before any task, or None."""
+        return None
+
+    def learn_reference(self, features: Tensor, seed: int) -> None:
+        """Learn from reference features (n, f) what belongs to no task."""
+
     def learn(self, task: int, train: Tensor, held_out: Tensor, seed: int) -> None:
         """Learn to recognise ``task`` from features (n, f); thresholds come from ``held_out``."""
 
     def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
-        """Return the task of each row. ``oracle`` is the true task, or None if it is not learned."""
+        """Return the task of each row. ``oracle`` is the true task, None if it is not learned."""
         raise TypeError(f"{type(self).__name__} must define select")
 
 
 class AlwaysSelector(Selector):
-    """Everything goes to one set of experts (no task recognition at all); -1 sends all to the base."""
+    """No recognition: every row goes to one set of experts, or to the base (-1)."""
 
     def __init__(self, task: int = 0) -> None:
         super().__init__()
@@ -73,8 +81,8 @@ class AutoEncoderSelectorConfig:
         feature: "layers" (token statistics of four depths of the frozen tower, ours), "pooled" (its
             output), or "alexnet" (the authors': conv5 before its activation, needs a weights file).
         feature_path: weights file of the "alexnet" features.
-        threshold: "quantile" calibrates each task on held-out errors; a number is used for all tasks
-            as it is (the authors': 0.0655 with "alexnet" features).
+        threshold: "quantile" calibrates each task on held-out errors; a number is used as it is
+            for all tasks (the authors': 0.0655 with "alexnet" features).
         quantile: share of held-out samples of the task that must be accepted, in (0, 1].
         margin: factor on the calibrated threshold; test inputs drift further than held-out ones.
         group_size: rows decided together by their mean error; 1 decides each row alone. The authors
@@ -143,6 +151,11 @@ class AutoEncoderSelector(Selector):
             raise ConfigError(f"tasks are learned in order: expected {len(self.bank)}, got {task}")
         self.bank.fit(train, self.config.training, seed)
         self._add_threshold(self.calibrate(held_out))
+
+    @property
+    def wants_reference(self) -> str | None:
+        """The configured folder, until it is learned."""
+        return None if len(self.reference) else self.config.reference
 
     def learn_reference(self, features: Tensor, seed: int) -> None:
         """Fit the reference auto-encoder (n, f); whatever it reconstructs best goes to the base."""

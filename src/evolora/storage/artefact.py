@@ -8,10 +8,11 @@ README.md           model card
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolora.errors import ConfigError, StorageError
+from evolora.errors import StorageError, StreamError
 from evolora.storage.files import read_json, read_tensors, write_bytes, write_json, write_tensors
 from evolora.storage.state import export_state, load_state
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from evolora.backbones.base import Backbone
+    from evolora.evaluation.cost import Cost
     from evolora.learner import Learner
+    from evolora.streams.task import LabelSpace
+    from evolora.training.config import TrainingConfig
 
 FORMAT = 1
 INDEX, TENSORS, CARD = "evolora.json", "experts.safetensors", "README.md"
@@ -49,51 +53,123 @@ def save_artefact(learner: Learner, folder: Path) -> None:
 
 
 def load_artefact(
-    folder: Path, model: nn.Module | Backbone | None = None, processor: Any | None = None
+    folder: Path,
+    model: nn.Module | Backbone | None = None,
+    processor: Any | None = None,
+    *,
+    training: TrainingConfig | None = None,
 ) -> Learner:
-    """Return the learner an artefact holds, on the backbone it was made on."""
-    from evolora.backbones.base import Backbone
-    from evolora.backbones.clip import DualEncoder, load_dual_encoder
-    from evolora.evaluation.cost import Cost
+    """Return the learner an artefact holds, on the backbone it was made on.
+
+    Args:
+        folder: what :func:`save_artefact` wrote.
+        model: the backbone; None loads the one the artefact names.
+        processor: its processor.
+        training: how further tasks are trained.
+
+    Raises:
+        StorageError: missing, corrupt, of a newer format, or made on another backbone.
+        DataError: no model was given and the one the artefact names is not to be found.
+    """
     from evolora.learner import Learner
-    from evolora.streams.task import LabelSpace
 
     record = read_json(folder / INDEX, kind="artefact", newest=FORMAT)
-    wanted = record["backbone"]
-    if model is None:
-        model = load_dual_encoder(wanted["name_or_path"])
-    elif not isinstance(model, Backbone):
-        model = DualEncoder(model, processor, name=wanted["name_or_path"])
-    if model.fingerprint() != wanted["sha256"]:
-        raise StorageError(
-            f"{folder} was learned on {wanted['class']} {wanted['name_or_path']!r} with weights "
-            f"sha256 {wanted['sha256'][:12]}...; the given {type(model.model).__name__} has "
-            f"{model.fingerprint()[:12]}..."
-        )
-    learner = Learner(model, method=_method_config(record["method"], folder), seed=record["seed"])
-    for task in record["tasks"]:
-        labels = LabelSpace(classes=tuple(task["classes"]), templates=tuple(task["templates"]))
-        learner.method.begin_task(task["name"], labels)
+    try:
+        index = _parse(record)
+    except (KeyError, TypeError, AttributeError, StreamError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
+        raise StorageError(f"{folder / INDEX} is corrupt: {reason}") from error
+    backbone = _backbone(folder, index.backbone, model, processor)
+    config = _method_config(index.method, folder)
+    tensors = read_tensors(folder / TENSORS, sha256=index.sha256)
+    learner = Learner(backbone, method=config, seed=index.seed, training=training)
+    for name, labels in index.tasks:
+        learner.method.begin_task(name, labels)
         learner.method.finish_task()
-    load_state(learner.method, read_tensors(folder / TENSORS, sha256=record["tensors"]["sha256"]))
-    learner.costs = [Cost(**cost) for cost in record["cost"]]
+    load_state(learner.method, tensors)
+    learner.costs = list(index.costs)
     learner.method.eval()
     return learner
 
 
-def _method_config(value: dict[str, Any], folder: Path) -> Any:
-    from evolora.config import parse_config
-    from evolora.registry import METHODS, STREAMS
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Index:
+    """What ``evolora.json`` says, see the module docstring."""
+
+    backbone: Mapping[str, str]
+    method: Mapping[str, Any]
+    tasks: tuple[tuple[str, LabelSpace], ...]
+    costs: tuple[Cost, ...]
+    sha256: str
+    seed: int
+
+
+def _parse(record: Mapping[str, Any]) -> _Index:
+    """Return the index; KeyError, TypeError, AttributeError or StreamError where it is damaged."""
+    from evolora.evaluation.cost import Cost
+    from evolora.streams.task import LabelSpace
+
+    return _Index(
+        backbone={
+            name: str(record["backbone"][name]) for name in ("class", "name_or_path", "sha256")
+        },
+        method=dict(record["method"].items()),
+        tasks=tuple(
+            (
+                str(task["name"]),
+                LabelSpace(classes=tuple(task["classes"]), templates=tuple(task["templates"])),
+            )
+            for task in record["tasks"]
+        ),
+        costs=tuple(Cost(**cost) for cost in record["cost"]),
+        sha256=str(record["tensors"]["sha256"]),
+        seed=record["seed"],
+    )
+
+
+def _backbone(
+    folder: Path,
+    wanted: Mapping[str, Any],
+    model: nn.Module | Backbone | None,
+    processor: Any | None,
+) -> Backbone:
+    """Return the artefact's backbone, found or given; refuse any other."""
+    from evolora.backbones.base import Backbone
+    from evolora.backbones.clip import DualEncoder, load_dual_encoder
+
+    name = wanted["name_or_path"]
+    if model is None and not name:
+        raise StorageError(
+            f"{folder} was learned on a {wanted['class']} that had no name (weights sha256 "
+            f"{wanted['sha256'][:12]}...); pass it as model="
+        )
+    if model is None:
+        model = load_dual_encoder(name)
+    elif not isinstance(model, Backbone):
+        model = DualEncoder(model, processor, name=name)
+    if model.fingerprint() != wanted["sha256"]:
+        raise StorageError(
+            f"{folder} was learned on {wanted['class']} {name!r} with weights "
+            f"sha256 {wanted['sha256'][:12]}...; the given {type(model.model).__name__} has "
+            f"{model.fingerprint()[:12]}..."
+        )
+    return model
+
+
+def _method_config(value: Mapping[str, Any], folder: Path) -> Any:
+    from evolora.config import check_method
+    from evolora.registry import METHODS
 
     if value.get("type") not in METHODS:
         raise StorageError(
             f"{folder} was made by method {value.get('type')!r}, which is not installed here "
             f"(known: {', '.join(METHODS.names())})"
         )
-    try:
-        return parse_config({"method": value, "stream": STREAMS.names()[0]}).method
-    except ConfigError as error:
-        raise StorageError(f"{folder / INDEX} is corrupt: {error}") from error
+    faults: list[str] = []
+    config = check_method(value, faults)
+    if faults:
+        raise StorageError(f"{folder / INDEX} is corrupt: {'; '.join(faults)}")
+    return config
 
 
 def _card(learner: Learner) -> str:
@@ -109,7 +185,7 @@ def _card(learner: Learner) -> str:
         "",
         f"# {method.config.type} on {backbone['name_or_path'] or backbone['class']}",
         "",
-        f"Learned with Evolora, task after task; the backbone ({backbone['class']}) is unchanged and",
+        f"Learned with Evolora, task by task; the backbone ({backbone['class']}) is unchanged and",
         "not included. Experts here are not a PEFT adapter; load them with Evolora:",
         "",
         "```python",

@@ -1,9 +1,9 @@
-"""Checkpoints: everything a killed run needs to go on and end bit for bit where it would have ended.
+"""Checkpoints: what a killed run needs to go on and end bit for bit where it would have.
 
 A checkpoint is a folder ``checkpoints/TTT-SSSSSS`` (task, step) with ``tensors.safetensors`` and
 ``state.json``; the JSON is written last and carries the hash of the tensors and of itself, so a
-folder without a valid JSON is not a checkpoint, and a flipped bit in either file is noticed. All randomness is a function of (seed, task, step), so no generator
-state has to be kept.
+folder without a valid JSON is not a checkpoint, and a flipped bit in either file is noticed. All
+randomness is a function of (seed, task, step), so no generator state has to be kept.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """Return the newest intact checkpoint, or None; a damaged one is named in a warning and skipped.
+    """Return the newest intact checkpoint, or None; a damaged one is named and skipped.
 
     Raises:
         StorageError: there are checkpoints and none is intact.
@@ -103,7 +103,8 @@ def load_newest(folder: Path) -> Checkpoint | None:
 def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    found = [path.parent for path in folder.glob("*/state.json") if _NAME.fullmatch(path.parent.name)]
+    places = [path.parent for path in folder.glob("*/state.json")]
+    found = [path for path in places if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: tuple(int(part) for part in path.name.split("-")))
 
 

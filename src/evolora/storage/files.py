@@ -104,7 +104,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors.torch import save
 
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    content = save(plain, metadata=dict(metadata))
+    # Empty metadata beside no tensors (a method that learns nothing) would be written unreadably.
+    content = save(plain, metadata=dict(metadata) or None)
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
 

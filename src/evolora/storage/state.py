@@ -1,4 +1,4 @@
-"""Method state <-> named tensors. Growing tensors are resized on load, names are checked strictly."""
+"""Method state <-> named tensors: growing ones are resized on load, names are checked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_shapes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that do not fit before any is put in place, so that a refusal changes nothing."""
+    """Refuse tensors that do not fit before any is put in place: a refusal changes nothing."""
     wide = {
         f"{name}.{part}"
         for name, owner in module.named_modules()

@@ -198,6 +198,23 @@ def unique_names(raw: Sequence[str], rename: Callable[[str], str] = readable_nam
     return [raw[i] if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
+def image_folder(root: str | Path) -> ImageFiles:
+    """Return every image at any depth of a folder, by path, unlabelled (label 0).
+
+    Raises:
+        StreamError: there is no such folder, or no image in it.
+    """
+    base = user_path(root)
+    if not base.is_dir():
+        raise StreamError(f"no folder of images at {str(base)!r}")
+    found = [path for path in base.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = sorted(path for path in found if path.is_file())
+    if not paths:
+        raise StreamError(f"no images in {str(base)!r} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    keys = tuple(path.relative_to(base).as_posix() for path in paths)
+    return ImageFiles(paths=tuple(paths), labels=(0,) * len(paths), keys=keys)
+
+
 def user_path(value: str | Path) -> Path:
     """Return the path with a leading "~" replaced by the home folder, where there is one."""
     try:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from evolora.backbones.base import Backbone, Batch
+from evolora.errors import EvoloraError
 from evolora.randomness import StepRandom, derive_seed, generator
 from evolora.streams.task import Example, Examples
 from evolora.training.config import TrainingConfig
@@ -85,9 +86,11 @@ class TrainingBatches:
             _Indexed(self.data),
             batch_sampler=plan,
             num_workers=config.dataloader_num_workers,
-            collate_fn=list,
+            collate_fn=_all_read,
         )
         for offset, examples in enumerate(loader):
+            if isinstance(examples, EvoloraError):
+                raise examples
             yield self._batch(examples, first + offset)
 
     def _own_rows(self, micro_step: int) -> list[int]:
@@ -117,8 +120,12 @@ def evaluation_batches(
         yield backbone.collate([data[row] for row in part])
 
 
-class _Indexed(Dataset[Example]):
-    """A torch Dataset over any Examples."""
+class _Indexed(Dataset[Any]):
+    """A torch Dataset over any Examples.
+
+    An unreadable sample is returned as its error: raised in a worker process, it would reach the
+    user as a message with the worker's traceback in it.
+    """
 
     def __init__(self, data: Examples) -> None:
         self.data = data
@@ -126,5 +133,15 @@ class _Indexed(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.data[index]
+    def __getitem__(self, index: int) -> Example | EvoloraError:
+        try:
+            return self.data[index]
+        except EvoloraError as error:
+            return error
+
+
+def _all_read(samples: list[Example | EvoloraError]) -> list[Example] | EvoloraError:
+    """Return the samples, or the error of the first that could not be read."""
+    examples = [sample for sample in samples if isinstance(sample, Example)]
+    errors = [sample for sample in samples if isinstance(sample, EvoloraError)]
+    return errors[0] if errors else examples

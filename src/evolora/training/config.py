@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from evolora.errors import ConfigError
 
@@ -29,7 +29,7 @@ class TrainingConfig:
         save_steps: steps between checkpoints; a finished task is always one.
         logging_steps: steps between log lines.
         dataloader_num_workers: processes that read images; 0 reads in the training process.
-        mixed_precision: "no" or "bf16" (fp16 would need a loss scaler and buys nothing on current cards).
+        mixed_precision: "no" or "bf16" (fp16 needs a loss scaler, gains nothing).
         report_to: accelerate trackers ("tensorboard", "trackio", "wandb"); JSONL is always written.
     """
 
@@ -60,22 +60,41 @@ class TrainingConfig:
             "save_steps",
             "logging_steps",
         )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ConfigError(f"learning_rate must be positive; got {self.learning_rate}")
-        if not 0.0 <= self.label_smoothing_factor < 1.0:
-            raise ConfigError(
-                f"label_smoothing_factor must be in [0, 1); got {self.label_smoothing_factor}"
+        faults = [
+            f"{name} must be at least 1; got {getattr(self, name)}"
+            for name in at_least_one
+            if getattr(self, name) < 1
+        ]
+        rates = {f"learning_rates[{name!r}]": rate for name, rate in self.learning_rates.items()}
+        for name, rate in {"learning_rate": self.learning_rate, **rates}.items():
+            if not rate > 0 or not math.isfinite(rate):
+                faults.append(f"{name} must be positive; got {rate}")
+        for name in ("warmup_steps", "dataloader_num_workers", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                faults.append(f"{name} must be at least 0; got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                faults.append(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            faults.append(f"max_grad_norm must be positive or None; got {self.max_grad_norm}")
+        if self.max_classes_per_step is not None and self.max_classes_per_step < 2:
+            faults.append(
+                f"max_classes_per_step must be at least 2 or None; got {self.max_classes_per_step}"
             )
+        if self.mixed_precision not in ("no", "bf16"):
+            faults.append(f"mixed_precision must be 'no' or 'bf16'; got {self.mixed_precision!r}")
+        trackers: Any = self.report_to
+        if isinstance(trackers, str):
+            faults.append(f"report_to must be a list of trackers; got {trackers!r}")
+        if faults:
+            raise ConfigError("; ".join(faults))
 
 
 def learning_rate(step: int, *, base: float, warmup: int, total: int) -> float:
     """Return the rate of optimizer step ``step`` (from 0): linear warm-up, then cosine to zero.
 
     base * (step + 1) / warmup while step < warmup, else
-    base * (1 + cos(pi * (step - warmup) / (total - warmup))) / 2   (authors' schedule, section 4.1).
+    base * (1 + cos(pi * (step - warmup) / (total - warmup))) / 2   (the authors' schedule).
     """
     if step < warmup:
         return base * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""The sequence: learn t, freeze, evaluate every task, checkpoint, learn t + 1 - and all of a run's files.
+"""The sequence: learn t, freeze, evaluate every task, checkpoint, go on; and a run's files.
 
 run/
   run.json matrix.json routing.json   what happened, for reports
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evolora.config import RunConfig, load_stream
-from evolora.errors import StorageError
+from evolora.errors import StorageError, unknown_name
 from evolora.evaluation.cost import Cost
 from evolora.evaluation.matrix import Matrix
 from evolora.learner import Learner, Progress
@@ -119,8 +119,12 @@ class ContinualRun:
             accelerator=self.accelerator,
             reporter=self.reporter,
         )
+        names = [task.name for task in self.stream]
+        for name in config.training.learning_rates:
+            if name not in names:
+                raise unknown_name("task in training.learning_rates", name, names)
         counts = [len(task.test) for task in self.stream]
-        self.record = Record(matrix=Matrix.empty([t.name for t in self.stream], counts))
+        self.record = Record(matrix=Matrix.empty(names, counts))
         self._started = time.perf_counter()
         self._began = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -225,11 +229,13 @@ class ContinualRun:
             known = self._known_hash()
             if not resume:
                 raise StorageError(
-                    f"{self.folder} already holds a run; continue it with --resume, or choose another --out"
+                    f"{self.folder} already holds a run; continue it with --resume, "
+                    "or choose another --out"
                 )
             if known != mine:
                 raise StorageError(
-                    f"{self.folder} holds a run of another configuration ({known}, this is {mine}); "
+                    f"{self.folder} holds a run of another configuration "
+                    f"({known}, this is {mine}); "
                     "choose another --out"
                 )
         self.accelerator.wait_for_everyone()

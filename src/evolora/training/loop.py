@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,7 +79,7 @@ def train_task(
         weight_decay=config.weight_decay,
     )
     _restore(optimizer, parameters, moments or {})
-    model = accelerator.prepare_model(method)
+    model = distributed(method, accelerator)
     method.train()
     loss = None
     stream = run.batches(start)
@@ -91,7 +93,8 @@ def train_task(
             loss = _step(model, optimizer, stream, accelerator, config)
             if not torch.isfinite(torch.tensor(loss)):
                 raise TrainingError(
-                    f"the loss of {run.title} is {loss} at step {step}; try a learning_rate below {rate:.1e}"
+                    f"the loss of {run.title} is {loss} at step {step}; "
+                    f"try a learning_rate below {rate:.1e}"
                 )
             done = step + 1
             bar.advance(1, f"loss {loss:.3f}")
@@ -103,6 +106,23 @@ def train_task(
     method.eval()
     accelerator.free_memory()
     return loss
+
+
+def distributed(method: Method, accelerator: Accelerator) -> torch.nn.Module:
+    """Return the method, wrapped to average gradients where there are several processes."""
+    with warnings.catch_warnings():
+        # torch 2.13 deprecates broadcast_buffers but has no other way yet to leave the buffers of
+        # each process (usage counts) alone when the method is wrapped.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped: torch.nn.Module = accelerator.prepare_model(method)
+    return wrapped
+
+
+def autocast(device: torch.device, config: TrainingConfig) -> AbstractContextManager[object]:
+    """Return the context of a forward in the configured precision; weights stay in float32."""
+    if config.mixed_precision == "no":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _step(
@@ -120,8 +140,10 @@ def _step(
         batch = next(stream)
         assert batch.random is not None
         torch.manual_seed(batch.random.seed)
+        if accelerator.num_processes > 1:
+            batch = replace(batch, step_labels=accelerator.gather(batch.labels))
         last = micro == micro_steps - 1
-        with accelerator.autocast():
+        with autocast(accelerator.device, config):
             if last:
                 terms = model(batch)
             else:

@@ -54,9 +54,14 @@ class Reporter:
 
     def rewind(self, position: int) -> None:
         """Cut the log back to a checkpoint's length; what came after will be done again."""
-        if self.log and self.log.exists() and self.log.stat().st_size > position:
-            with self.log.open("r+b") as file:
-                file.truncate(position)
+        if self.log is None:
+            return
+        try:
+            if self.log.exists() and self.log.stat().st_size > position:
+                with self.log.open("r+b") as file:
+                    file.truncate(position)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.log}: {error.strerror or error}") from error
 
 
 class Bar:

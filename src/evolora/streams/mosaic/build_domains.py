@@ -169,6 +169,15 @@ def open_square(path: Path) -> Image.Image:
     return render.pad_to_square(Image.open(path))
 
 
+# A domain is a source with its own look: emoji in a chat bubble, flags before a sky, icons on a
+# dark tile, letters on a blackboard, furniture in a gray studio; the others bring their ground.
+CHAT, SKY, TILE, BOARD, STUDIO = "#b0e09e", "#a0c8f0", "#18206e", "#274c3c", (143, 148, 153)
+
+
+def _drawn_on(board: str, draw: Callable[[], Image.Image]) -> Image.Image:
+    return render.on_board(draw(), board)
+
+
 # --- drawings of the Iconify sets ------------------------------------------------------------
 
 
@@ -178,7 +187,8 @@ def _emoji(groups: tuple[str, ...], cache: Path | None, size: Size) -> Iterator[
         for prefix in prefixes:
             icons = iconify_set(cache, prefix)
             for key, label in sorted(emoji_drawings(icons, table, groups).items()):
-                yield Sample(label, split, family_of(prefix), partial(draw_icon, icons, key))
+                draw = partial(draw_icon, icons, key, CHAT)
+                yield Sample(label, split, family_of(prefix), draw)
 
 
 def _flags(cache: Path | None, size: Size) -> Iterator[Sample]:
@@ -187,7 +197,8 @@ def _flags(cache: Path | None, size: Size) -> Iterator[Sample]:
         for prefix in prefixes:
             icons = iconify_set(cache, prefix)
             for key, country in sorted(flag_drawings(icons, countries).items()):
-                yield Sample(country, split, family_of(prefix), partial(draw_icon, icons, key))
+                draw = partial(draw_icon, icons, key, SKY)
+                yield Sample(country, split, family_of(prefix), draw)
 
 
 def _icons(cache: Path | None, size: Size) -> Iterator[Sample]:
@@ -199,7 +210,8 @@ def _icons(cache: Path | None, size: Size) -> Iterator[Sample]:
                 concept = icon_base_name(key)
                 if concept in concepts:
                     name = concept.replace("-", " ")
-                    yield Sample(name, split, family_of(prefix), partial(draw_icon, icons, key))
+                    draw = partial(_drawn_on, TILE, partial(draw_icon, icons, key))
+                    yield Sample(name, split, family_of(prefix), draw)
 
 
 # --- scripts ---------------------------------------------------------------------------------
@@ -213,8 +225,10 @@ def _scripts(cache: Path | None, size: Size) -> Iterator[Sample]:
     for script in scripts(cache):
         letters = split_letters(script.letters, SEED)
         for split, count in zip(SPLITS, _SNIPPETS[size], strict=True):
-            for draw in snippets(script.font, letters[split], count, f"{script.name}/{split}"):
-                yield Sample(script.name, split, f"{script.font.stem}", draw)
+            seed = f"{script.name}/{split}"
+            for draw in snippets(script.font, letters[split], count, seed):
+                chalk = partial(_drawn_on, BOARD, draw)
+                yield Sample(script.name, split, f"{script.font.stem}", chalk)
 
 
 # --- furniture -------------------------------------------------------------------------------
@@ -234,7 +248,7 @@ def _furniture(cache: Path | None, size: Size) -> Iterator[Sample]:
         for index, (path, model) in enumerate(members):
             share = (index + 0.5) / len(members)
             split = "train" if share < 0.62 else "val" if share < 0.75 else "test"
-            draws = mesh_views(path, model, views)
+            draws = mesh_views(path, model, views, STUDIO)
             for draw in draws:
                 yield Sample(noun, split, path.stem, draw)
 
@@ -275,21 +289,12 @@ DOMAINS: tuple[Domain, ...] = (
     ),
     Domain(
         name="emoji",
-        title="Emoji of animals, nature and food",
+        title="Emoji of animals, nature, food and faces",
         templates=("an emoji of a {}", "a drawing of a {}", "a colorful cartoon of a {}"),
         licence=_EMOJI_LICENCE,
         source="npm @iconify/json",
         split_rule=_VENDORS,
-        collect=partial(_emoji, ("animals-nature", "food-drink")),
-    ),
-    Domain(
-        name="faces",
-        title="Emoji faces and feelings",
-        templates=("a smiley: {}", "an emoji of a {}", "a face emoji showing {}"),
-        licence=_EMOJI_LICENCE,
-        source="npm @iconify/json",
-        split_rule=_VENDORS,
-        collect=partial(_emoji, ("smileys-emotion",)),
+        collect=partial(_emoji, ("animals-nature", "food-drink", "smileys-emotion")),
     ),
     Domain(
         name="flags",
@@ -303,7 +308,7 @@ DOMAINS: tuple[Domain, ...] = (
     Domain(
         name="icons",
         title="User-interface icons",
-        templates=("an icon of {}", "a black icon: {}", "a user interface symbol for {}"),
+        templates=("an icon of {}", "a white icon: {}", "a user interface symbol for {}"),
         licence="MIT, Apache-2.0, ISC, CC-BY-4.0, CC0-1.0, OFL-1.1, Unlicense; see LICENSES.md",
         source="npm @iconify/json",
         split_rule="whole families of icon sets",
@@ -370,7 +375,7 @@ def balanced(samples: Sequence[Sample], cap: int | None, seed: str) -> list[Samp
 def encode(image: Image.Image) -> bytes:
     """Returns the picture as lossless WebP or PNG, whichever is smaller."""
     webp, png = io.BytesIO(), io.BytesIO()
-    image.save(webp, "WEBP", lossless=True, quality=100, method=6)
+    image.save(webp, "WEBP", lossless=True, quality=80, method=4)
     palette = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
     exact = np.array_equal(np.asarray(palette.convert("RGB")), np.asarray(image))
     (palette if exact else image).save(png, "PNG", optimize=True)

@@ -31,8 +31,8 @@ def iconify_set(cache: Path | None, prefix: str) -> dict[str, Any]:
     return icons
 
 
-def draw_icon(icons: dict[str, Any], name: str) -> Image.Image:
-    return render.render_svg(render.icon_svg(icons, name))
+def draw_icon(icons: dict[str, Any], name: str, paper: str = "#ffffff") -> Image.Image:
+    return render.render_svg(render.icon_svg(icons, name), paper=paper)
 
 
 @dataclass(frozen=True)

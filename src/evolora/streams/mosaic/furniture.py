@@ -35,14 +35,17 @@ def catalogue(path: Path) -> list[dict[str, str]]:
     return [entry for entry in entries.values() if entry.get("model", "").endswith(".obj")]
 
 
-def mesh_views(path: Path, model: str, views: int) -> list[Callable[[], Image.Image]]:
+def mesh_views(
+    path: Path, model: str, views: int, paper: tuple[int, int, int] = (255, 255, 255)
+) -> list[Callable[[], Image.Image]]:
     loaded: list[render.Mesh] = []
 
     def draw(view: int) -> Image.Image:
         if not loaded:
             loaded.append(load_mesh(path, model))
         yaw = 0.5 + 2 * np.pi * view / views
-        image = render.render_mesh(loaded[0], yaw, pitch=0.25 + 0.3 * (view % 2))
+        pitch = 0.25 + 0.3 * (view % 2)
+        image = render.render_mesh(loaded[0], yaw, pitch, paper=paper)
         if view == views - 1:
             loaded.clear()
         return image

@@ -1,4 +1,4 @@
-"""Turns drawings, letters and meshes into square RGB images on white.
+"""Turns drawings, letters and meshes into square RGB images on paper of one color.
 
 Everything here is a pure function of its arguments: no file is fetched, no randomness is drawn.
 Drawings that are not square are padded, never stretched, since a distorted flag is another flag.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evolora.errors import DataError
 
@@ -25,18 +25,29 @@ _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 Floats = NDArray[np.float64]
 
 
-def pad_to_square(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
-    """Returns the image scaled to fit, centered on a white square; alpha is put over white."""
+def pad_to_square(image: Image.Image, size: int = IMAGE_SIZE, paper: str = "white") -> Image.Image:
+    """Returns the image scaled to fit, centered on a square of paper; alpha is put over paper."""
     if image.mode != "RGB":
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, paper), rgba).convert("RGB")
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", (size, size), "white")
+    canvas = Image.new("RGB", (size, size), paper)
     canvas.paste(image, ((size - width) // 2, (size - height) // 2))
     return canvas
+
+
+def on_board(image: Image.Image, board: str, ink: str = "white") -> Image.Image:
+    """Returns a dark-on-white picture as a drawing in ``ink`` on a board of one color.
+
+    The darker a pixel, the more ink covers the board; the colors of the picture are lost.
+    """
+    cover = ImageOps.invert(image.convert("L"))
+    return Image.composite(
+        Image.new("RGB", image.size, ink), Image.new("RGB", image.size, board), cover
+    )
 
 
 def square_svg(svg: str) -> str:
@@ -68,8 +79,8 @@ def square_svg(svg: str) -> str:
 _SIZE_KEYS = ("viewBox", "width", "height")
 
 
-def render_svg(svg: str, size: int = IMAGE_SIZE) -> Image.Image:
-    """Returns the drawing on white, padded to a square.
+def render_svg(svg: str, size: int = IMAGE_SIZE, paper: str = "#ffffff") -> Image.Image:
+    """Returns the drawing on paper ("#rrggbb"), padded to a square.
 
     Raises:
         DataError: resvg-py is not installed, or it cannot draw this file.
@@ -83,7 +94,7 @@ def render_svg(svg: str, size: int = IMAGE_SIZE) -> Image.Image:
             svg_string=square_svg(svg),
             width=size,
             height=size,
-            background="#ffffff",
+            background=paper,
             skip_system_fonts=True,
         )
     except ValueError as error:
@@ -110,7 +121,10 @@ def icon_svg(icons: Mapping[str, Any], name: str) -> str:
 
 
 def render_snippet(
-    font: ImageFont.FreeTypeFont, lines: Sequence[str], size: int = IMAGE_SIZE, margin: int = 3
+    font: ImageFont.FreeTypeFont,
+    lines: Sequence[str],
+    size: int = IMAGE_SIZE,
+    margin: int = 3,
 ) -> Image.Image:
     """Returns lines of text, black on white, scaled to fill the square up to `margin` pixels."""
     text = "\n".join(lines)
@@ -162,7 +176,13 @@ def parse_obj(text: str, colors: Mapping[str, Sequence[float]]) -> Mesh:
     return Mesh(points[np.asarray(faces)], np.asarray(shades, dtype=np.float64))
 
 
-def render_mesh(mesh: Mesh, yaw: float, pitch: float = 0.4, size: int = IMAGE_SIZE) -> Image.Image:
+def render_mesh(
+    mesh: Mesh,
+    yaw: float,
+    pitch: float = 0.4,
+    size: int = IMAGE_SIZE,
+    paper: tuple[int, int, int] = (255, 255, 255),
+) -> Image.Image:
     """Returns the mesh seen from outside, shaded by a light over the viewer's shoulder.
 
     Each triangle is covered by a grid of points closer together than a pixel, so there are no
@@ -173,6 +193,7 @@ def render_mesh(mesh: Mesh, yaw: float, pitch: float = 0.4, size: int = IMAGE_SI
         yaw: turn about the vertical axis, radians.
         pitch: camera height angle, radians.
         size: pixels of both sides.
+        paper: color behind the mesh.
     """
     pixels = size * _OVERSAMPLE
     seen = mesh.triangles @ _rotation(yaw, pitch).T
@@ -184,7 +205,7 @@ def render_mesh(mesh: Mesh, yaw: float, pitch: float = 0.4, size: int = IMAGE_SI
     light = np.array([0.35, 0.55, 0.76])
     shade = np.abs(normals @ light) / np.maximum(length[:, 0], 1e-12)
     shaded = mesh.colors * (0.35 + 0.65 * shade[:, None])
-    image = _draw(seen, np.clip(shaded, 0, 1), pixels)
+    image = _draw(seen, np.clip(shaded, 0, 1), pixels, paper)
     return Image.fromarray(image).resize((size, size), Image.Resampling.BOX)
 
 
@@ -196,7 +217,9 @@ def _rotation(yaw: float, pitch: float) -> Floats:
     return np.asarray(lift @ turn)
 
 
-def _draw(triangles: Floats, colors: Floats, pixels: int) -> NDArray[np.uint8]:
+def _draw(
+    triangles: Floats, colors: Floats, pixels: int, paper: tuple[int, int, int]
+) -> NDArray[np.uint8]:
     """Returns the z-buffered picture; x right, y up, z towards the viewer, in pixels."""
     edges = triangles[:, [1, 2, 0], :2] - triangles[:, :, :2]
     longest = np.linalg.norm(edges, axis=2).max(axis=1)
@@ -213,7 +236,7 @@ def _draw(triangles: Floats, colors: Floats, pixels: int) -> NDArray[np.uint8]:
             # one integer holds depth (high bits) and triangle (low bits): max = nearest
             packed = (depth << 32) + block[:, None]
             np.maximum.at(nearest, (row * pixels + column).ravel(), packed.ravel())
-    image = np.full((pixels * pixels, 3), 255, dtype=np.uint8)
+    image = np.tile(np.asarray(paper, dtype=np.uint8), (pixels * pixels, 1))
     hit = nearest >= 0
     image[hit] = (colors[nearest[hit] & 0xFFFFFFFF] * 255).astype(np.uint8)
     return image.reshape(pixels, pixels, 3)

@@ -1,0 +1,116 @@
+"""GrowingStack and ExpertBank: identifiers keep their rows, bit for bit, through any sequence."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evolora.errors import ConfigError
+from evolora.experts.bank import ExpertBank, GrowingStack
+
+grow = st.tuples(st.just("grow"), st.integers(0, 3))
+freeze = st.tuples(st.just("freeze"), st.sets(st.integers(0, 20), max_size=6))
+widen = st.tuples(st.just("widen"), st.integers(0, 2))
+train = st.tuples(st.just("train"), st.just(0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(grow, freeze, widen, train), max_size=12), st.randoms())
+def test_rows_keep_their_identifier_through_any_sequence(steps, random) -> None:
+    stack = GrowingStack(2, 3)
+    draw = torch.Generator().manual_seed(random.randrange(10**6))
+    rows: list[torch.Tensor] = []
+    frozen: set[int] = set()
+    for action, argument in steps:
+        width = stack.shape[-1]
+        if action == "grow":
+            new = torch.randn(argument, 2, width, generator=draw)
+            stack.grow(new)
+            rows += list(new)
+        elif action == "freeze":
+            ids = {row for row in argument if row < len(rows)}
+            stack.freeze(ids)
+            frozen |= ids
+        elif action == "widen":
+            stack.widen(width + argument)
+            rows = [torch.nn.functional.pad(row, (0, argument)) for row in rows]
+        else:  # an optimizer step moves what is not frozen, and nothing else
+            with torch.no_grad():
+                stack.active.add_(1.0)
+            rows = [row if index in frozen else row + 1.0 for index, row in enumerate(rows)]
+        assert len(stack) == len(rows)
+        assert stack.frozen_ids() == sorted(frozen)
+        assert stack.frozen.shape[0] + stack.active.shape[0] == len(rows)
+        assert sorted(stack.slot.tolist()) == list(range(len(rows)))
+        assert stack.active.requires_grad == (stack.active.numel() > 0)
+        assert not stack.frozen.requires_grad
+        if rows:
+            assert torch.equal(stack.all(), torch.stack(rows))
+            order = torch.randperm(len(rows), generator=draw)
+            assert torch.equal(stack.take(order), torch.stack(rows)[order])
+            pairs = order.repeat(2).view(2, -1)
+            assert torch.equal(stack.take(pairs), torch.stack(rows)[pairs])
+
+
+def test_gradients_reach_trainable_rows_only() -> None:
+    stack = GrowingStack(3)
+    stack.grow(torch.randn(4, 3))
+    stack.freeze([2, 0])
+    stack.take(torch.tensor([[0, 1], [2, 1]])).sum().backward()
+    assert torch.equal(stack.active.grad, torch.tensor([[2.0] * 3, [0.0] * 3]))  # rows 1 and 3
+    assert stack.frozen.grad is None
+
+
+def test_a_row_cannot_be_frozen_before_it_exists() -> None:
+    stack = GrowingStack(3)
+    stack.grow(torch.randn(2, 3))
+    for wrong in (2, -1):
+        with pytest.raises(ConfigError, match=f"row {wrong}: there are 2"):
+            stack.freeze([0, wrong])
+    assert stack.frozen_ids() == []
+
+
+def test_rows_only_get_wider() -> None:
+    with pytest.raises(ConfigError, match="only grow; got size 2"):
+        GrowingStack(3).widen(2)
+
+
+def test_growing_again_after_freezing_keeps_what_is_frozen_out_of_the_optimizer() -> None:
+    bank = ExpertBank(5, 4, 2, bias=True)
+    assert bank.grow(2, torch.Generator().manual_seed(0)) == [0, 1]
+    bank.freeze([1])
+    assert bank.grow(1, torch.Generator().manual_seed(1)) == [2]
+    assert len(bank) == 3 and bank.frozen_ids() == [1]
+    assert all(stack.active.shape[0] == 2 for stack in bank.stacks())
+    assert sum(p.numel() for p in bank.parameters()) == 2 * bank.parameters_per_expert()
+    assert bank.parameters_per_expert() == 2 * 5 + 2 * 4 + 2 + 4
+
+
+def test_new_experts_are_seeded_kaiming_down_and_zero_up() -> None:
+    one, same, other = (ExpertBank(64, 8, 32, bias=True) for _ in range(3))
+    for bank, seed in ((one, 3), (same, 3), (other, 4)):
+        bank.grow(4, torch.Generator().manual_seed(seed))
+    assert torch.equal(one.A.active, same.A.active)
+    assert not torch.equal(one.A.active, other.A.active)
+    bound = 1 / math.sqrt(64)  # Kaiming-uniform with a = sqrt(5)
+    assert 0.98 * bound < one.A.active.abs().max() <= bound
+    assert float(one.A.active.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    for stack in (one.B, one.down_bias, one.up_bias):
+        assert stack.active.abs().max() == 0
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+def test_counting_needs_no_storage(ambient: bool) -> None:
+    """Shapes on the meta device, indices real: also where the whole method is built on meta."""
+    with torch.device("meta" if ambient else "cpu"):
+        bank = ExpertBank(768, 768, 64, bias=True, device="meta")
+        bank.grow(22)
+        bank.freeze([3, 5])
+        bank.grow(1)
+    assert bank.frozen_ids() == [3, 5] and len(bank) == 23
+    assert bank.A.active.is_meta and not bank.A.slot.is_meta
+    assert bank.parameters_per_expert() == 99_136

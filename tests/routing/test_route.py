@@ -1,0 +1,50 @@
+"""Route: a value that says who answers each row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from evolora.errors import RouteError
+from evolora.randomness import StepRandom
+from evolora.routing.route import BASE, Route
+
+
+def test_uniform_routes() -> None:
+    base, task = Route.of(BASE, 3), Route.of(2, 3)
+    assert base.nobody and not base.everybody
+    assert task.everybody and not task.nobody
+    assert task.rows == 3 and task.tasks.tolist() == [2, 2, 2]
+
+
+def test_mixed_routes() -> None:
+    random = StepRandom(5)
+    route = Route(
+        torch.tensor([BASE, 1, 0, BASE]), summary=torch.tensor([9, 7, 5, 3]), random=random
+    )
+    assert not route.nobody and not route.everybody
+    assert route.active.tolist() == [1, 2]
+    part = route.of_active
+    assert part.tasks.tolist() == [1, 0] and part.summary.tolist() == [7, 5]
+    assert part.random is random and part.uniform is None
+    assert part is route.of_active  # the same value for every site of a forward
+    assert Route(torch.tensor([BASE, BASE])).nobody
+    assert Route(torch.tensor([0, 1])).everybody
+
+
+def test_summaries() -> None:
+    tokens = torch.arange(24.0).view(2, 3, 4)
+    assert torch.equal(Route.of(0, 2).summarize(tokens), tokens[:, 0])
+    assert torch.equal(Route.of(0, 2, summary="mean").summarize(tokens), tokens.mean(1))
+    index = torch.tensor([2, 1])
+    picked = Route.of(0, 2, summary=index).summarize(tokens)
+    assert torch.equal(picked, torch.stack([tokens[0, 2], tokens[1, 1]]))
+    with pytest.raises(RouteError, match="speaks for 3 rows, the input has 2"):
+        Route.of(0, 3).summarize(tokens)
+
+
+def test_a_route_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Route.of(0, 2).uniform = 1  # type: ignore[misc]

@@ -1,0 +1,180 @@
+"""A toy run in a process of its own, which can be told to kill itself (-9) at an exact moment.
+
+A moment is a tick: every advance of a bar (training step, batch of features, batch of a test) and,
+for every file that is written, "half:NAME" (half of its bytes are in the temporary file) and
+"whole:NAME" (just before it is renamed). Counting ticks instead of seconds makes a seeded moment
+the same on every machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evolora.backbones.clip import DualEncoder
+from evolora.config import EvaluationConfig, RunConfig
+from evolora.methods.full_finetuning import FullFinetuningConfig
+from evolora.methods.linear_probe import LinearProbeConfig
+from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
+from evolora.methods.moe_adapters import MoEAdaptersConfig
+from evolora.methods.zero_shot import ZeroShotConfig
+from evolora.registry import METHODS
+from evolora.routing.autoencoders import AutoEncoderTraining
+from evolora.routing.selector import AutoEncoderSelectorConfig
+from evolora.streams.task import Stream
+from evolora.training.config import TrainingConfig
+from evolora.training.continual import ContinualRun
+from evolora.training.progress import Bar, Reporter
+from tests.conftest import ToyProcessor, toy_model, toy_task
+
+LORA: dict[str, Any] = {"r": 2, "lora_dropout": 0.1, "target_modules": ("q_proj", "fc1")}
+TOY: dict[str, Any] = {
+    "moe-adapters": MoEAdaptersConfig(
+        num_experts=4,
+        r=4,
+        dropout=0.1,
+        freeze_top=2,
+        selector=AutoEncoderSelectorConfig(training=AutoEncoderTraining(hidden=4, steps=20)),
+    ),
+    "joint-lora": JointLoRAConfig(**LORA),
+    "sequential-lora": SequentialLoRAConfig(**LORA),
+    "lora-per-task": LoRAPerTaskConfig(**LORA),
+    "full-finetuning": FullFinetuningConfig(),
+    "linear-probe": LinearProbeConfig(),
+    "zero-shot": ZeroShotConfig(),
+}
+
+
+def toy_config(method: str, **training: Any) -> RunConfig:
+    """Return a run of a few steps per task; a method without a toy entry runs with its defaults."""
+    settings: dict[str, Any] = {
+        "max_steps": 7,
+        "warmup_steps": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-3,
+        "save_steps": 3,
+        "logging_steps": 1,
+        **training,
+    }
+    config = TOY.get(method) or METHODS.get(method).config_class()
+    return RunConfig(
+        method=config,
+        stream={"name": "toy"},
+        training=TrainingConfig(**settings),
+        evaluation=EvaluationConfig(batch_size=5),
+        seed=3,
+    )
+
+
+def toy_run(
+    folder: Path, method: str, *, reporter: Reporter | None = None, **training: Any
+) -> ContinualRun:
+    """Return the run of a method on three toy tasks, backbone and data made from seeds."""
+    return ContinualRun(
+        toy_config(method, **training),
+        folder,
+        stream=Stream(name="toy", tasks=tuple(toy_task(index, 20) for index in range(3))),
+        backbone=DualEncoder(toy_model(), ToyProcessor(), name="toy"),
+        reporter=reporter,
+    )
+
+
+class Ticks(Reporter):
+    """Counts moments; at the one that is named, the process kills itself.
+
+    Args:
+        kill: number of the tick (from 0), or its name ("half:state.json"); None never kills.
+    """
+
+    def __init__(self, kill: int | str | None = None) -> None:
+        super().__init__()
+        self.kill, self.seen = kill, []  # type: tuple[int | str | None, list[str]]
+
+    def tick(self, name: str) -> None:
+        if self.kill == len(self.seen) or self.kill == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.seen.append(name)
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
+        outer = self
+
+        class Ticking(Bar):
+            def advance(self, units: int = 1, note: str = "") -> None:
+                outer.tick(f"bar:{title}")
+
+        yield Ticking(None, None)
+
+    def watch_files(self) -> None:
+        """Tick half-way through every file and before its rename. For a process of its own."""
+        from evolora.storage import files
+
+        replace: Callable[..., None] = os.replace
+
+        def renaming(source: str, target: Any) -> None:
+            content = Path(source).read_bytes()
+            Path(source).write_bytes(content[: len(content) // 2])
+            self.tick(f"half:{Path(target).name}")
+            Path(source).write_bytes(content)
+            self.tick(f"whole:{Path(target).name}")
+            replace(source, target)
+
+        files.os = type("Os", (), {**vars(os), "replace": staticmethod(renaming)})  # type: ignore
+
+
+def live(folder: str, method: str, kill: int | str | None, ticks: str | None) -> None:
+    """Run (or resume) until the end or the moment ``kill``; write the ticks seen to a file."""
+    torch.set_num_threads(1)
+    reporter = Ticks(kill)
+    reporter.watch_files()
+    toy_run(Path(folder), method, reporter=reporter).run(resume=True)
+    if ticks:
+        Path(ticks).write_text(json.dumps(reporter.seen))
+
+
+def main() -> None:
+    """For launchers: FOLDER METHOD {training settings as JSON}; each rank lists what it displayed."""
+    torch.set_num_threads(1)
+    folder, method, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    kill = settings.pop("kill", None)
+    rank = int(os.environ.get("RANK", "0"))
+    reporter = Ticks(kill if rank == settings.pop("kill_rank", 0) else None)
+    run = toy_run(folder, method, reporter=reporter, **settings)
+    run.run(resume=True)
+    counters = run.learner.method.counters()
+    frozen = {k: m.bank.frozen_ids() for k, m in run.learner.method.layers.items() if k in counters}
+    (folder.parent / f"{folder.name}-rank{rank}.json").write_text(
+        json.dumps(
+            {
+                "shown": len(reporter.seen),
+                "processes": run.accelerator.num_processes,
+                "counts": {key: counter.counts.tolist() for key, counter in counters.items()},
+                "frozen": frozen,
+            }
+        )
+    )
+
+
+def warm() -> None:
+    """Import what a run imports lazily, so that processes forked from here need not."""
+    import accelerate.tracking
+    import rich.progress  # noqa: F401
+    import tokenizers  # noqa: F401
+
+    accelerate.tracking.get_available_trackers()
+    toy_model()
+    ToyProcessor()
+    gc.freeze()  # a collection per task would walk all of torch and transformers
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.conftest import ToyImages, ToyProcessor, toy_model, toy_task
+from tests.training.worker import TOY
 
 import evolora
 from evolora.backbones.clip import DualEncoder
@@ -27,8 +29,6 @@ from evolora.routing.selector import AutoEncoderSelectorConfig
 from evolora.streams.task import LabelSpace, Subset, Task
 from evolora.training.config import TrainingConfig
 from evolora.training.continual import seen_labels
-from tests.conftest import ToyImages, ToyProcessor, toy_model, toy_task
-from tests.training.worker import TOY
 
 ROOT = Path(__file__).parents[1]
 FAST = TrainingConfig(max_steps=12, warmup_steps=2, per_device_train_batch_size=8,
@@ -325,14 +325,16 @@ def test_the_seen_label_space_offsets_labels(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_task_name_is_learned_once(learned: Learner) -> None:
     with pytest.raises(
-        ConfigError, match="'red shapes' is already learned .learned: red shapes, gr"
+        ConfigError, match=r"'red shapes' is already learned .learned: red shapes, gr"
     ):
         learned.learn(toy_task(0))
     assert learned.task_names == ["red shapes", "green shapes"]
 
 
 def test_learning_jointly_is_for_joint_methods(learned: Learner) -> None:
-    with pytest.raises(ConfigError, match="moe-adapters learns one task after another.*joint-lora"):
+    with pytest.raises(
+        ConfigError, match=r"moe-adapters learns one task after another.*joint-lora"
+    ):
         learned.learn_jointly([toy_task(2), toy_task(3)])
     assert learned.task_names == ["red shapes", "green shapes"]
     with pytest.raises(ConfigError, match="at least one task"):
@@ -372,9 +374,8 @@ def test_a_tenth_is_held_out_where_there_is_no_validation_split() -> None:
 def test_a_new_process_without_data_gives_the_same_answers(
     tmp_path: Path, images: list[Any]
 ) -> None:
-    from transformers import CLIPImageProcessor, CLIPProcessor
-
     from tests.conftest import WordTokenizer
+    from transformers import CLIPImageProcessor, CLIPProcessor
 
     pixels = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     shown = CLIPImageProcessor(**pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -415,7 +416,7 @@ def test_a_loaded_learner_goes_on_learning_as_the_saved_one(tmp_path: Path) -> N
 def test_a_misspelt_backbone_is_refused_at_once(tmp_path: Path) -> None:
     learner = make(tasks=0, name="clip-tny")
     learner.save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="no backbone 'clip-tny'.*openai/clip"):
+    with pytest.raises(DataError, match=r"no backbone 'clip-tny'.*openai/clip"):
         Learner.from_pretrained(tmp_path)
     with pytest.raises(StorageError, match="no artefact at"):
         Learner.from_pretrained(tmp_path / "nothing")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import ToyProcessor, toy_model, toy_task
+from tests.training.worker import TOY
 
 from evolora.backbones.clip import DualEncoder
 from evolora.errors import DataError, EvoloraError, StorageError
 from evolora.learner import Learner
 from evolora.training.config import TrainingConfig
-from tests.conftest import ToyProcessor, toy_model, toy_task
-from tests.training.worker import TOY
 
 FAST = TrainingConfig(max_steps=2, warmup_steps=0, per_device_train_batch_size=4)
 
@@ -144,7 +144,7 @@ def test_missing_and_damaged_files_are_named(copy: Path) -> None:
 
 def test_an_artefact_of_a_nameless_backbone_asks_for_it(tmp_path: Path) -> None:
     Learner(toy_backbone(name=""), method=TOY["zero-shot"]).save_pretrained(tmp_path)
-    with pytest.raises(StorageError, match="a CLIPModel that had no name .*; pass it as model="):
+    with pytest.raises(StorageError, match=r"a CLIPModel that had no name .*; pass it as model="):
         Learner.from_pretrained(tmp_path)
     assert load(tmp_path).task_names == []
 
@@ -178,5 +178,5 @@ def test_a_file_in_the_place_of_the_folder_is_one_error(tmp_path: Path) -> None:
 def test_an_artefact_whose_backbone_is_gone_says_where_it_looked(tmp_path: Path) -> None:
     name = str(tmp_path / "gone")
     Learner(toy_backbone(name=name), method=TOY["zero-shot"]).save_pretrained(tmp_path / "a")
-    with pytest.raises(DataError, match="no backbone '.*gone'"):
+    with pytest.raises(DataError, match=r"no backbone '.*gone'"):
         Learner.from_pretrained(tmp_path / "a")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.training.worker import toy_run
 
 from evolora.errors import StorageError
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
-from tests.training.worker import toy_run
 
 
 def save(folder: Path, task: int, step: int) -> None:
@@ -70,7 +70,7 @@ def test_all_damaged_is_one_error_that_says_what_to_do(tmp_path: Path) -> None:
     for step in (200, 400):
         save(tmp_path, 0, step)
         halve(tmp_path / f"000-{step:06d}" / "tensors.safetensors")
-    with pytest.raises(StorageError, match="none of the 2 checkpoints .* is intact; delete it"):
+    with pytest.raises(StorageError, match=r"none of the 2 checkpoints .* is intact; delete it"):
         load_newest(tmp_path)
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import toy_task
 
 from evolora.errors import StorageError
 from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
 from evolora.routing.autoencoders import AutoEncoderTraining
 from evolora.routing.selector import AutoEncoderSelectorConfig
 from evolora.storage.state import export_state, load_state
-from tests.conftest import toy_task
 
 SELECTOR = AutoEncoderSelectorConfig(training=AutoEncoderTraining(hidden=4, steps=5))
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from tests.training import worker
 from tests.training.test_resume import log_of
 
@@ -66,6 +65,8 @@ def assert_same_result(run: Path, expected: Path) -> None:
     mine, theirs = (load_file(folder / "experts.safetensors") for folder in (run, expected))
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
+        if name.endswith("k_proj/bias"):
+            continue  # no output depends on it: its gradient is rounding, which Adam blows up
         torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-4, msg=name)
     for a, b in zip(log_of(run), log_of(expected), strict=True):
         assert a.keys() == b.keys() and a.get("step") == b.get("step")
@@ -88,8 +89,10 @@ HARD: dict[str, Any] = {"augment": True, "max_classes_per_step": 2, "max_grad_no
     ],
 )
 def test_two_processes_equal_one_on_the_same_global_batch(method: str, tmp_path: Path) -> None:
-    two(tmp_path / "two", method, per_device_train_batch_size=4, **HARD)
-    worker.toy_run(tmp_path / "one", method, per_device_train_batch_size=8, **HARD).run()
+    # Adam turns the rounding of a gradient near zero into whole steps: small steps for all weights.
+    rate = {"learning_rate": 5e-4} if method == "full-finetuning" else {}
+    two(tmp_path / "two", method, per_device_train_batch_size=4, **HARD, **rate)
+    worker.toy_run(tmp_path / "one", method, per_device_train_batch_size=8, **HARD, **rate).run()
     assert_same_result(tmp_path / "two", tmp_path / "one")
     first, second = rank(tmp_path / "two", 0), rank(tmp_path / "two", 1)
     assert first["counts"] == second["counts"]

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import ToyImages, ToyProcessor, toy_model, toy_task
+from tests.training.worker import TOY, toy_config, toy_run
 from torch import Tensor
 
 import evolora
@@ -22,8 +24,6 @@ from evolora.training.config import TrainingConfig, learning_rate
 from evolora.training.continual import ContinualRun
 from evolora.training.loop import TrainingError
 from evolora.training.progress import Reporter
-from tests.conftest import ToyImages, ToyProcessor, toy_model, toy_task
-from tests.training.worker import TOY, toy_config, toy_run
 
 QUIET = dataclasses.replace(TOY["moe-adapters"], noise=False, dropout=0.0)
 PLAIN: dict[str, Any] = {
@@ -208,7 +208,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path: Path) -> 
 
 def test_a_run_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(StorageError, match="cannot write .*file/run"):
+    with pytest.raises(StorageError, match=r"cannot write .*file/run"):
         toy_run(tmp_path / "file" / "run", "zero-shot").run()
     (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"cannot write .*log\.jsonl"):

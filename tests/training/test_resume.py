@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.training import worker
 
 from evolora.registry import METHODS
-from tests.training import worker
 
 EQUAL = ("matrix.json", "routing.json", "experts.safetensors", "evolora.json", "README.md")
 KILL_9 = -signal.SIGKILL
-ALWAYS = ("moe-adapters",)
-"""The others take as long; they run with the slow tests."""
+ALWAYS = ("moe-adapters", "joint-lora", "full-finetuning")
 
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    """Processes forked from a clean server that has imported torch once, so that each starts fast."""
+    """Processes forked from a clean server that has imported torch once: each starts fast."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.preload"])
     return context
@@ -37,7 +36,7 @@ def whole(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def live(processes: Any, folder: Path, method: str, kill: int | str | None = None) -> int:
-    """Run or resume in a new process until the end or until it kills itself; return its exit code."""
+    """Run or resume in a new process, to the end or its own kill; return the exit code."""
     ticks = str(folder) + "-ticks.json"
     process = processes.Process(target=worker.live, args=(str(folder), method, kill, ticks))
     process.start()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.conftest import ToyProcessor, toy_model, toy_task
 
 from evolora.backbones.clip import DualEncoder
 from evolora.config import EvaluationConfig, RunConfig
@@ -34,7 +35,6 @@ from evolora.streams.task import Stream
 from evolora.training.config import TrainingConfig
 from evolora.training.continual import ContinualRun
 from evolora.training.progress import Bar, Reporter
-from tests.conftest import ToyProcessor, toy_model, toy_task
 
 LORA: dict[str, Any] = {"r": 2, "lora_dropout": 0.1, "target_modules": ("q_proj", "fc1")}
 TOY: dict[str, Any] = {
@@ -142,7 +142,7 @@ def live(folder: str, method: str, kill: int | str | None, ticks: str | None) ->
 
 
 def main() -> None:
-    """For launchers: FOLDER METHOD {training settings as JSON}; each rank lists what it displayed."""
+    """For launchers: FOLDER METHOD {settings as JSON}; each rank lists what it displayed."""
     torch.set_num_threads(1)
     folder, method, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     kill = settings.pop("kill", None)

@@ -170,8 +170,8 @@ def open_square(path: Path) -> Image.Image:
 
 
 # A domain is a source with its own look: emoji in a chat bubble, flags before a sky, icons on a
-# dark tile, letters on a blackboard, furniture in a gray studio; the others bring their ground.
-CHAT, SKY, TILE, BOARD, STUDIO = "#b0e09e", "#a0c8f0", "#18206e", "#274c3c", (143, 148, 153)
+# dark tile, letters on a blackboard, furniture in a pink studio; the others bring their ground.
+CHAT, SKY, TILE, BOARD, STUDIO = "#b0e09e", "#a0c8f0", "#4a145a", "#274c3c", (196, 160, 176)
 
 
 def _drawn_on(board: str, draw: Callable[[], Image.Image]) -> Image.Image:

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def evolora(*words: str, cwd: Path | None = None, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def evolora(
+    *words: str, cwd: Path | None = None, timeout: int = 240
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "evolora", *words],
         cwd=cwd,
@@ -31,7 +33,18 @@ def test_help_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for verb in ("demo", "run", "eval", "predict", "report", "inspect", "metrics", "ls", "data", "doctor"):
+    for verb in (
+        "demo",
+        "run",
+        "eval",
+        "predict",
+        "report",
+        "inspect",
+        "metrics",
+        "ls",
+        "data",
+        "doctor",
+    ):
         assert verb in done.stdout
 
 
@@ -41,7 +54,13 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
     assert rows and all(set(row) == {"name", "summary"} and row["summary"] for row in rows)
     names = {row["name"] for row in rows}
     expected = {
-        "methods": {"moe-adapters", "zero-shot", "linear-probe", "full-finetuning", "sequential-lora"},
+        "methods": {
+            "moe-adapters",
+            "zero-shot",
+            "linear-probe",
+            "full-finetuning",
+            "sequential-lora",
+        },
         "streams": {"mosaic/domains", "mtil", "class-incremental", "folder", "csv"},
         "backbones": {"dual-encoder", "clip-tiny"},
     }[kind]
@@ -49,7 +68,9 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
 
 
 def test_inspect_counts_the_published_model() -> None:
-    found = json.loads(evolora("inspect", "configs/moe_adapters/mtil.yaml", "--json", cwd=ROOT).stdout)
+    found = json.loads(
+        evolora("inspect", "configs/moe_adapters/mtil.yaml", "--json", cwd=ROOT).stdout
+    )
     assert found["parameters"]["experts"] == 43_625_472
     assert found["parameters"]["gates_and_noise"] == 7_434_240
     assert found["totals"]["adapters_and_routers"] == 51_059_712

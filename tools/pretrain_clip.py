@@ -1,12 +1,13 @@
 """Pretrains the tiny CLIP that is embedded in the package, on CPU, in about an hour.
 
-Four stages, each resumable, each writing into `--work`:
+Five steps, each resumable, each writing into `--work`:
 
   prompts  embeds names x templates with MiniLM (the teacher) and trains a small BPE vocabulary
   text     a small text transformer learns to reproduce MiniLM's sentence embeddings
   image    a small ViT learns to match its picture to W z(name), z being MiniLM's embedding and W
            a linear map learnt along; the softmax runs over all names of the corpus, so names
            drawn twice in a batch are never negatives of each other, near synonyms neither
+  text     again, with --align: matches only what W keeps of the teacher's embeddings
   export   writes a stock `transformers` CLIP folder with text_projection = W P (P from `text`)
            and prints its zero-shot accuracy on `mosaic/domains`
 
@@ -16,6 +17,7 @@ Corpus: `evolora.streams.mosaic.corpus`. Usage:
   python tools/pretrain_clip.py text    --work W --minutes 10 --threads 1
   python tools/pretrain_clip.py image   --work W --corpus C --minutes 50 --ranks 2 --rank 1 &
   python tools/pretrain_clip.py image   --work W --corpus C --minutes 50 --ranks 2 --rank 0
+  python tools/pretrain_clip.py text    --work W --minutes 3 --align main
   python tools/pretrain_clip.py export  --work W --out src/evolora/assets/clip-tiny
 """
 
@@ -331,13 +333,24 @@ def stage_text(args: argparse.Namespace) -> None:
     # the corpus and the stream's prompts come more often than the additional names
     weights = torch.ones(len(ids))
     weights[: int(names) * int(templates) + 3000] = 5.0
-    loop = Loop(TextStudent(clip_config(args, vocabulary)), args, args.work / "text.pt")
+    space = torch.eye(targets.shape[1])
+    if args.align:  # only what the image tower's W keeps of the teacher counts
+        weights[int(names) * int(templates) + 3000 :] = 0.0
+        saved = torch.load(args.work / f"image-{args.align}.pt", weights_only=True)
+        space = saved["module"]["text_map.weight"]
+    student = TextStudent(clip_config(args, vocabulary))
+    path = args.work / "text.pt"
+    if args.align:
+        student.load_state_dict(torch.load(path, weights_only=True)["module"])
+        path = args.work / f"text-{args.align}.pt"
+    loop = Loop(student, args, path)
     generator = torch.Generator().manual_seed(loop.step)
     batches = similar_lengths(weights, [len(row) for row in ids], args.batch, generator)
     for _, rows in zip(loop.steps(), batches, strict=False):
         batch = padded([ids[i] for i in rows.tolist()], vocabulary - 1)
         wanted = targets[rows]
-        loop.update(text_loss(F.normalize(loop.module(batch), dim=-1), wanted))
+        got = loop.module(batch) @ space.T
+        loop.update(text_loss(F.normalize(got, dim=-1), F.normalize(wanted @ space.T, dim=-1)))
 
 
 def text_loss(got: Tensor, wanted: Tensor) -> Tensor:
@@ -499,7 +512,7 @@ def stage_image(args: argparse.Namespace) -> None:
                 report_teacher(model, args, "val")
     if args.rank > 0:
         return
-    LOG.info("scale %.1f", float(model.log_scale.exp()))
+    LOG.info("scale %.1f", float(model.log_scale.detach().exp()))
     report_teacher(model, args, "val")
     report_teacher(model, args, "test")
 
@@ -592,7 +605,9 @@ def compose(args: argparse.Namespace) -> CLIPModel:
     vocabulary = len(CLIPTokenizer.from_pretrained(args.work / "tokenizer"))
     config = clip_config(args, vocabulary)
     text, image = TextStudent(config), ImageStudent(config)
-    text.load_state_dict(torch.load(args.work / "text.pt", weights_only=True)["module"])
+    aligned = args.work / f"text-{args.name}.pt"
+    path = aligned if aligned.is_file() else args.work / "text.pt"
+    text.load_state_dict(torch.load(path, weights_only=True)["module"])
     saved = torch.load(args.work / f"image-{args.name}.pt", weights_only=True)
     image.load_state_dict(saved["module"])
     model = CLIPModel(config)
@@ -646,6 +661,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--extra-names", type=Path, help="JSON list of further names for the text")
     parser.add_argument("--out", type=Path, default=Path("src/evolora/assets/clip-tiny"))
     parser.add_argument("--name", default="main", help="name of the image checkpoint")
+    parser.add_argument("--align", help="text: name of the image checkpoint whose W to match in")
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)

@@ -32,7 +32,7 @@ HELD_OUT_SHARE = 0.1
 """Share of a task's training samples kept for calibration when it brings no validation split."""
 SELECTOR_SAMPLES = 4096
 """At most so many training samples teach a selector; more do not change its statistics."""
-BASE_NAME = "base"
+BASE_NAME, SHARED_NAME = "base", "shared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Answer:
     Args:
         label: class name.
         score: its probability among the classes considered, in [0, 1].
-        task: name of the task whose experts answered, or "base".
+        task: name of the task whose experts answered, "base", or "shared" experts.
         top: (class name, probability) of the five best, best first.
     """
 
@@ -59,7 +59,7 @@ class Evaluation:
     Args:
         score: accuracy in [0, 1].
         samples: number of test samples.
-        routes: who answered -> number of samples ("base" or a task's name).
+        routes: who answered ("base", a task's name, "shared") -> number of samples.
     """
 
     score: float
@@ -312,8 +312,10 @@ class Learner:
                 bar.advance(len(batch))
         reduced: Tensor = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
         correct, base, *tasks = reduced.tolist()
-        names = [BASE_NAME, *self.task_names]
-        routes = {name: n for name, n in zip(names, [base, *tasks], strict=True) if n}
+        routes = {BASE_NAME: base} if base else {}
+        for index, answered_by in enumerate(tasks):
+            if answered_by:
+                routes[self._task_name(index)] = answered_by
         return Evaluation(score=correct / len(task.test), samples=len(task.test), routes=routes)
 
     def _own_range(self, rows: int) -> range:
@@ -413,7 +415,10 @@ class Learner:
         return LabelSpace(classes=tuple(names))
 
     def _task_name(self, task: int) -> str:
-        return BASE_NAME if task == BASE else self.task_names[task]
+        """Return who answers: "base", a task's name, or "shared" where tasks share experts."""
+        if task == BASE:
+            return BASE_NAME
+        return SHARED_NAME if self.method.routing == "none" else self.task_names[task]
 
     # -- keeping ---------------------------------------------------------------------------------
 

@@ -37,13 +37,13 @@ def scripted(
     values = torch.tensor(errors)
     for task in range(values.shape[1]):
         rows = [torch.zeros(stack.shape) for stack in selector.bank.networks()]
-        selector.bank.add([*rows, torch.zeros(4), torch.ones(4)])
+        selector.bank.add([*rows, torch.zeros(4)])
         fixed = thresholds[task] if thresholds else selector.calibrate(torch.zeros(1, 4))
         selector._add_threshold(fixed)
     selector.bank.errors = lambda _: values
     if reference is not None:
         rows = [torch.zeros(stack.shape) for stack in selector.reference.networks()]
-        selector.reference.add([*rows, torch.zeros(4), torch.ones(4)])
+        selector.reference.add([*rows, torch.zeros(4)])
         selector.reference.errors = lambda _: torch.tensor(reference).unsqueeze(1)
     features = {config.feature: torch.zeros(len(errors), 4)}
     return selector.select(features, len(errors), None).tasks.tolist()
@@ -93,10 +93,10 @@ def test_9_1_11_groups() -> None:
     assert scripted(errors, threshold=0.5, group_size=128) == [0] * 5
 
 
-def test_calibrated_tasks_compete_in_units_of_their_own_threshold() -> None:
-    assert scripted([[0.3, 0.2]], thresholds=[1.0, 0.25]) == [0]
+def test_the_smallest_error_wins_and_its_own_threshold_decides() -> None:
+    assert scripted([[0.3, 0.2]], thresholds=[1.0, 0.25]) == [1]
+    assert scripted([[0.3, 0.4]], thresholds=[0.25, 1.0]) == [BASE]
     assert scripted([[1.1, 0.2]], thresholds=[1.0, 0.25]) == [1]
-    assert scripted([[1.1, 0.3]], thresholds=[1.0, 0.25]) == [BASE]
 
 
 def test_what_is_not_a_number_goes_to_the_base() -> None:

@@ -6,7 +6,8 @@ with the same task's experts as the images that are compared with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,10 @@ class DualEncoder(Backbone):
             if not features:
                 return Encoded(embedding=self._image_embedding(batch))
             hidden: list[Tensor] = []
+            tower: Any = getattr(self.model, "vision_model")  # noqa: B009 - untyped
             handles = [
-                block.register_forward_hook(lambda _, __, out: hidden.append(out))
-                for block in self._blocks("vision")
+                module.register_forward_hook(lambda _, __, out: hidden.append(out))
+                for module in (tower.embeddings, *self._blocks("vision"))
             ]
             try:
                 embedding = self._image_embedding(batch)
@@ -153,7 +155,7 @@ class DualEncoder(Backbone):
 
     def feature_widths(self) -> dict[str, int]:
         """Return the widths of "pooled" and "layers"."""
-        depth = len(self._blocks("vision"))
+        depth = 1 + len(self._blocks("vision"))
         statistics = 2 * len(_statistic_layers(depth)) * self.config.vision_config.hidden_size
         return {"pooled": self.width, "layers": statistics}
 
@@ -281,7 +283,7 @@ class DualEncoder(Backbone):
 
 
 def layer_statistics(hidden: Sequence[Tensor]) -> Tensor:
-    """Return (b, f): mean and standard deviation over tokens of four depths of a tower.
+    """Return (b, f): mean and standard deviation over tokens at four depths of a tower.
 
     Low layers tell the style of an image, high layers its content; a selector needs both. Each
     statistic is normalised over its width, so that no layer outweighs another.
@@ -295,7 +297,8 @@ def layer_statistics(hidden: Sequence[Tensor]) -> Tensor:
 
 
 def _statistic_layers(depth: int) -> list[int]:
-    return sorted({max(0, round(depth * share) - 1) for share in (0.25, 0.5, 0.75, 1.0)})
+    """Return four of ``depth`` tensors, the embeddings first and the last block last."""
+    return sorted({round((depth - 1) * share / 3) for share in range(4)})
 
 
 def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> DualEncoder:
@@ -319,16 +322,33 @@ def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> Dual
             f"{', '.join(known)}; a local folder or a hub name such as "
             "'openai/clip-vit-base-patch16' will do too)"
         )
+    load_processor: Any = AutoProcessor.from_pretrained
     try:
-        model = AutoModel.from_pretrained(where, revision=revision, dtype=torch.float32)
-        load_processor: Any = AutoProcessor.from_pretrained
-        processor = load_processor(where, revision=revision)
+        with _quiet_transformers():
+            model = AutoModel.from_pretrained(where, revision=revision, dtype=torch.float32)
+            processor = load_processor(where, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         looked = "the embedded backbones, the local file system and the hub cache"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"no backbone {name_or_path!r}: looked in {looked} ({first})") from error
     is_path = Path(name_or_path).exists()
     return DualEncoder(model, processor, name=str(Path(name_or_path)) if is_path else name_or_path)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the loading bar and the advice to install torchvision, which is not used here."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _pooled(output: Any) -> Tensor:

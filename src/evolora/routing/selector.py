@@ -96,7 +96,7 @@ class AutoEncoderSelectorConfig:
     feature: Literal["layers", "pooled", "alexnet"] = "layers"
     feature_path: str | None = None
     threshold: Literal["quantile"] | float = "quantile"
-    quantile: float = 0.99
+    quantile: float = 0.98
     margin: float = 1.0
     group_size: int = 1
     reference: str | None = None
@@ -122,9 +122,10 @@ class AutoEncoderSelectorConfig:
 class AutoEncoderSelector(Selector):
     """One auto-encoder per task on frozen features; the nearest task within its threshold answers.
 
-    A row's score for a task is its reconstruction error over the task's threshold. The row goes to
-    the task of the smallest score if its error is at most the threshold (equal stays in), else to
-    the base. Thresholds are calibrated per task, so tasks of unequal spread compete fairly.
+    The row goes to the task of the smallest reconstruction error if that is at most the task's
+    threshold (equal stays in), else to the base. Its score for a task is the error over the
+    threshold. Ranking by scores instead would favour tasks of loose thresholds (measured on
+    mosaic/domains: 94 instead of 98 % of seen inputs recognised).
 
     Args:
         config: see :class:`AutoEncoderSelectorConfig`.
@@ -180,8 +181,7 @@ class AutoEncoderSelector(Selector):
         errors = self._grouped(self.bank.errors(values))
         thresholds = self.thresholds.all().to(errors)
         scores = errors / thresholds
-        # One number for all tasks ranks them by their errors, even if it is 0 or infinite.
-        tasks = (scores if self.config.threshold == "quantile" else errors).argmin(dim=1)
+        tasks = errors.argmin(dim=1)
         own = errors.gather(1, tasks.unsqueeze(1)).squeeze(1)
         outside = ~(own <= thresholds[tasks])  # what is not a number is no task's
         if len(self.reference):

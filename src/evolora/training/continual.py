@@ -178,14 +178,11 @@ class ContinualRun:
         """Evaluate every task the protocol can judge now and fill the matrix row."""
         scores: dict[str, float] = {}
         routes: dict[str, dict[str, int]] = {}
-        space, offsets = seen_labels(tasks[: index + 1])
-        for position, task in enumerate(tasks):
-            if self.stream.label_protocol == "task":
-                result = self.learner.evaluate(task)
-            elif position <= index:
-                result = self.learner.evaluate(task, labels=space, offset=offsets[position])
-            else:
-                continue
+        by_task = self.stream.label_protocol == "task"
+        space, offsets = (None, []) if by_task else seen_labels(tasks[: index + 1])
+        for position, task in enumerate(tasks if by_task else tasks[: index + 1]):
+            offset = 0 if by_task else offsets[position]
+            result = self.learner.evaluate(task, labels=space, offset=offset)
             scores[task.name], routes[task.name] = result.score, dict(result.routes)
         self.record.matrix.set_row(index, scores)
         self.record.routes.append({"task": tasks[index].name, "routes": routes})

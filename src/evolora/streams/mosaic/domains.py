@@ -23,7 +23,7 @@ from torch import Tensor
 from evolora.assets import ROOT
 from evolora.errors import StreamError
 from evolora.registry import STREAMS
-from evolora.streams.sampling import make_task
+from evolora.streams.sampling import Labelled, limited, make_task
 from evolora.streams.task import Example, LabelSpace, Stream, Task
 
 SPLITS = ("train", "val", "test")
@@ -71,6 +71,7 @@ def load(
     root: str | Path | None = None,
     order: Sequence[str] | None = None,
     limit: int | None = None,
+    test_limit: int | None = None,
     seed: int = 0,
 ) -> Stream:
     """Return the stream.
@@ -80,12 +81,14 @@ def load(
             build``; None uses the embedded compact version.
         order: task names in learning order (a subset is allowed); None uses the stored order.
         limit: at most so many samples per task and split, class-balanced.
+        test_limit: the same for the test splits alone.
         seed: of the class-balanced choice.
     """
     folder = Path(root) if root is not None else ROOT / "mosaic"
     packed, info = _read(folder)
     tasks = tuple(
-        _task(packed, domain, index, limit, seed) for index, domain in enumerate(info["domains"])
+        _task(packed, domain, index, limit, test_limit, seed)
+        for index, domain in enumerate(info["domains"])
     )
     stream = Stream(
         name="mosaic/domains",
@@ -96,13 +99,19 @@ def load(
 
 
 def _task(
-    packed: dict[str, Tensor], domain: dict[str, Any], index: int, limit: int | None, seed: int
+    packed: dict[str, Tensor],
+    domain: dict[str, Any],
+    index: int,
+    limit: int | None,
+    test_limit: int | None,
+    seed: int,
 ) -> Task:
-    splits = {}
+    splits: dict[str, Labelled] = {}
     for number, split in enumerate(SPLITS):
         chosen = (packed["domain"] == index) & (packed["split"] == number)
         rows = torch.nonzero(chosen).squeeze(1)
         splits[split] = PackedImages(packed, rows, f"{domain['name']}/{split}")
+    splits["test"] = limited(splits["test"], test_limit, seed, f"{domain['name']}/test")
     labels = LabelSpace(classes=tuple(domain["classes"]), templates=tuple(domain["templates"]))
     return make_task(domain["name"], splits, labels, limit, seed)
 

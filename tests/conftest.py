@@ -66,7 +66,8 @@ def toy_model(kind: str = "clip", seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     size: dict[str, Any] = {
-        "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2,
+        "hidden_size": 32, "intermediate_size": 64,
+        "num_attention_heads": 2, "num_hidden_layers": 2,
     }  # fmt: skip
     text = {**size, "vocab_size": 20, "max_position_embeddings": 12, "bos_token_id": 1,
             "eos_token_id": END, "pad_token_id": 0, "projection_size": 32}  # fmt: skip

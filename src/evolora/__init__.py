@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from evolora.config import load_stream
-    from evolora.learner import Answer, Evaluation, Learner
+    from evolora.answering import Answer
+    from evolora.learner import Evaluation, Learner
     from evolora.methods.full_finetuning import FullFinetuningConfig as FullFinetuning
     from evolora.methods.linear_probe import LinearProbeConfig as LinearProbe
     from evolora.methods.lora import JointLoRAConfig as JointLoRA
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from evolora.training.config import TrainingConfig
 
 _PUBLIC = {
-    "Answer": ("evolora.learner", "Answer"),
+    "Answer": ("evolora.answering", "Answer"),
     "Evaluation": ("evolora.learner", "Evaluation"),
     "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
     "JointLoRA": ("evolora.methods.lora", "JointLoRAConfig"),

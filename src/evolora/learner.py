@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from evolora.backbones.base import Backbone, Batch
-from evolora.errors import ConfigError, DataError, unknown_name
+from evolora.answering import Answer, answer_images, answerer
+from evolora.backbones.base import Backbone
+from evolora.errors import ConfigError
 from evolora.evaluation.cost import Cost, measure_cost
 from evolora.methods.base import Method, Objective
 from evolora.registry import METHODS
 from evolora.routing.route import BASE
-from evolora.routing.selector import AlwaysSelector
-from evolora.streams.images import read_image
 from evolora.streams.sampling import image_folder
-from evolora.streams.task import Example, Examples, LabelSpace, Subset, Task
+from evolora.streams.task import Examples, LabelSpace, Subset, Task
 from evolora.training.batches import Share, TrainingBatches, evaluation_batches
 from evolora.training.config import TrainingConfig
 from evolora.training.loop import TaskRun, train_task
@@ -32,24 +31,6 @@ HELD_OUT_SHARE = 0.1
 """Share of a task's training samples kept for calibration when it brings no validation split."""
 SELECTOR_SAMPLES = 4096
 """At most so many training samples teach a selector; more do not change its statistics."""
-BASE_NAME, SHARED_NAME = "base", "shared"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the learner says about one input.
-
-    Args:
-        label: class name.
-        score: its probability among the classes considered, in [0, 1].
-        task: name of the task whose experts answered, "base", or "shared" experts.
-        top: (class name, probability) of the five best, best first.
-    """
-
-    label: str
-    score: float
-    task: str
-    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,10 +293,8 @@ class Learner:
                 bar.advance(len(batch))
         reduced: Tensor = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
         correct, base, *tasks = reduced.tolist()
-        routes = {BASE_NAME: base} if base else {}
-        for index, answered_by in enumerate(tasks):
-            if answered_by:
-                routes[self._task_name(index)] = answered_by
+        counted = [(BASE, base), *enumerate(tasks)]
+        routes = {answerer(self.method, task): count for task, count in counted if count}
         return Evaluation(score=correct / len(task.test), samples=len(task.test), routes=routes)
 
     def _own_range(self, rows: int) -> range:
@@ -342,83 +321,13 @@ class Learner:
             DataError: nothing was given, or an image cannot be read (the message names it).
             ConfigError: ``classes`` is no list of names, or ``task`` is not learned.
         """
-        sources = list(images) if isinstance(images, list | tuple) else [images]
-        if not sources:
-            raise DataError("no images were given; pass at least one file, image or array")
-        chosen = None if task is None else self._learned_index(task)
-        _check_classes(classes)
-        self.method.eval()
-        answers: list[Answer] = []
-        size = self.evaluation_batch_size
-        for start in range(0, len(sources), size):  # decoded part by part: photographs are large
-            part = range(start, min(start + size, len(sources)))
-            batch = self.backbone.collate([_example(sources, index) for index in part])
-            answers.extend(self._answers(batch, classes, chosen))
-        return answers
-
-    def _learned_index(self, task: str) -> int:
-        if not self.task_names:
-            raise ConfigError(f"task {task!r} is not learned; nothing is learned yet")
-        if task not in self.task_names:
-            raise unknown_name("task", task, self.task_names)
-        return self.task_names.index(task)
-
-    def _answers(
-        self, batch: Batch, classes: Sequence[str] | None, chosen: int | None
-    ) -> list[Answer]:
-        if chosen is not None:
-            return self._told_answers(batch, classes, chosen)
-        with torch.no_grad():
-            encoded, tasks = self.method.route(batch)
-        answers: list[Answer | None] = [None] * len(batch)
-        for task in torch.unique(tasks).tolist():
-            space = self.answer_space(task, classes)
-            rows = torch.nonzero(tasks == task).squeeze(1)
-            with torch.no_grad():
-                part = encoded.take(rows) if encoded is not None else None
-                scores = self.method.answer(batch.take(rows), part, tasks[rows], space).scores
-            for row, values in zip(rows.tolist(), scores, strict=True):
-                answers[row] = _answer(values, space, self._task_name(task))
-        return [answer for answer in answers if answer is not None]
-
-    def _told_answers(
-        self, batch: Batch, classes: Sequence[str] | None, chosen: int
-    ) -> list[Answer]:
-        """Answer a batch with the experts of one task, or the base where the method has none."""
-        space = self.method.labels[chosen]
-        if classes is not None:
-            space = replace(space, classes=tuple(classes))
-        selector = self.method.selector
-        frozen = isinstance(selector, AlwaysSelector) and selector.task == BASE
-        experts = BASE if frozen else self.method.expert_task(chosen)
-        tasks = torch.full((len(batch),), experts, device=self.backbone.device)
-        with torch.no_grad():
-            scores = self.method.answer(batch, None, tasks, space).scores
-        name = BASE_NAME if experts == BASE else self.task_names[chosen]
-        return [_answer(values, space, name) for values in scores]
-
-    def answer_space(self, task: int, classes: Sequence[str] | None) -> LabelSpace:
-        """Return what an answer of ``task`` (or BASE) is chosen from, see :meth:`predict`."""
-        if not self.method.labels and classes is None:
-            raise DataError("nothing is learned yet; pass classes=[...] to ask the base model")
-        known = self.method.labels
-        separate = task != BASE and self.method.routing == "task-free"
-        if classes is not None:
-            return (
-                LabelSpace(classes=tuple(classes))
-                if not separate
-                else replace(known[task], classes=tuple(classes))
-            )
-        if separate:
-            return known[task]
-        names = dict.fromkeys(name for labels in known for name in labels.classes)
-        return LabelSpace(classes=tuple(names))
-
-    def _task_name(self, task: int) -> str:
-        """Return who answers: "base", a task's name, or "shared" where tasks share experts."""
-        if task == BASE:
-            return BASE_NAME
-        return SHARED_NAME if self.method.routing == "none" else self.task_names[task]
+        return answer_images(
+            self.method,
+            images,
+            classes=classes,
+            task=task,
+            batch_size=self.evaluation_batch_size,
+        )
 
     # -- keeping ---------------------------------------------------------------------------------
 
@@ -484,34 +393,3 @@ def _in_turn(feeds: Sequence[TrainingBatches], step: int) -> Any:
     for overall in range(step, total):
         for _ in range(micro):
             yield next(sources[overall % count])
-
-
-def _example(sources: Sequence[Any], index: int) -> Example:
-    """Return one input as an example; among several, an error says which one it was."""
-    try:
-        image = read_image(sources[index])
-    except DataError as error:
-        if len(sources) == 1:
-            raise
-        raise DataError(f"image {index + 1} of {len(sources)}: {error}") from error
-    return Example(inputs={"image": image}, label=0, key=str(index))
-
-
-def _check_classes(classes: Sequence[str] | None) -> None:
-    """Refuse what is no list of class names: one string would be taken letter by letter."""
-    if classes is None:
-        return
-    wrong = isinstance(classes, str) or not isinstance(classes, Sequence)
-    if wrong or not all(isinstance(name, str) and name.strip() for name in classes):
-        raise ConfigError(f"classes must be a list of class names; got {classes!r}")
-    if not classes:
-        raise ConfigError("classes must name at least one class; got an empty list")
-
-
-def _answer(scores: Tensor, space: LabelSpace, task: str) -> Answer:
-    values, indices = scores.topk(min(5, len(space.classes)))
-    top = tuple(
-        (space.classes[index], float(value))
-        for index, value in zip(indices.tolist(), values, strict=True)
-    )
-    return Answer(label=top[0][0], score=top[0][1], task=task, top=top)

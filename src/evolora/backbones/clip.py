@@ -338,8 +338,9 @@ def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> Dual
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Hide the loading bar and the advice to install torchvision, which is not used here."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

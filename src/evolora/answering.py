@@ -1,0 +1,159 @@
+"""Answering: from images to labels, each image on its own, with the name of who answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolora.backbones.base import Batch
+from evolora.errors import ConfigError, DataError, unknown_name
+from evolora.methods.base import Method
+from evolora.routing.route import BASE
+from evolora.routing.selector import AlwaysSelector
+from evolora.streams.images import read_image
+from evolora.streams.task import Example, LabelSpace
+
+BASE_NAME, SHARED_NAME = "base", "shared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the learner says about one input.
+
+    Args:
+        label: class name.
+        score: its probability among the classes considered, in [0, 1].
+        task: name of the task whose experts answered, "base", or "shared" experts.
+        top: (class name, probability) of the five best, best first.
+    """
+
+    label: str
+    score: float
+    task: str
+    top: tuple[tuple[str, float], ...] = ()
+
+
+def answer_images(
+    method: Method,
+    images: Any,
+    *,
+    classes: Sequence[str] | None,
+    task: str | None,
+    batch_size: int,
+) -> list[Answer]:
+    """Answer images with a method as it stands; see ``Learner.predict`` for the arguments."""
+    sources = list(images) if isinstance(images, list | tuple) else [images]
+    if not sources:
+        raise DataError("no images were given; pass at least one file, image or array")
+    chosen = None if task is None else _learned_index(method, task)
+    _check_classes(classes)
+    method.eval()
+    answers: list[Answer] = []
+    for start in range(0, len(sources), batch_size):  # decoded part by part: photographs are large
+        part = range(start, min(start + batch_size, len(sources)))
+        batch = method.backbone.collate([_example(sources, index) for index in part])
+        if chosen is None:
+            answers.extend(_answers(method, batch, classes))
+        else:
+            answers.extend(_told_answers(method, batch, classes, chosen))
+    return answers
+
+
+def answerer(method: Method, task: int) -> str:
+    """Return who answers: "base", a task's name, or "shared" where tasks share experts."""
+    if task == BASE:
+        return BASE_NAME
+    return SHARED_NAME if method.routing == "none" else method.task_names[task]
+
+
+def _learned_index(method: Method, task: str) -> int:
+    if not method.task_names:
+        raise ConfigError(f"task {task!r} is not learned; nothing is learned yet")
+    if task not in method.task_names:
+        raise unknown_name("task", task, method.task_names)
+    return method.task_names.index(task)
+
+
+def _answers(method: Method, batch: Batch, classes: Sequence[str] | None) -> list[Answer]:
+    with torch.no_grad():
+        encoded, tasks = method.route(batch)
+    answers: list[Answer | None] = [None] * len(batch)
+    for task in torch.unique(tasks).tolist():
+        space = answer_space(method, task, classes)
+        rows = torch.nonzero(tasks == task).squeeze(1)
+        with torch.no_grad():
+            part = encoded.take(rows) if encoded is not None else None
+            scores = method.answer(batch.take(rows), part, tasks[rows], space).scores
+        for row, values in zip(rows.tolist(), scores, strict=True):
+            answers[row] = _answer(values, space, answerer(method, task))
+    return [answer for answer in answers if answer is not None]
+
+
+def _told_answers(
+    method: Method, batch: Batch, classes: Sequence[str] | None, chosen: int
+) -> list[Answer]:
+    """Answer a batch with the experts of one task, or the base where the method has none."""
+    space = method.labels[chosen]
+    if classes is not None:
+        space = replace(space, classes=tuple(classes))
+    selector = method.selector
+    frozen = isinstance(selector, AlwaysSelector) and selector.task == BASE
+    experts = BASE if frozen else method.expert_task(chosen)
+    tasks = torch.full((len(batch),), experts, device=method.backbone.device)
+    with torch.no_grad():
+        scores = method.answer(batch, None, tasks, space).scores
+    name = BASE_NAME if experts == BASE else method.task_names[chosen]
+    return [_answer(values, space, name) for values in scores]
+
+
+def answer_space(method: Method, task: int, classes: Sequence[str] | None) -> LabelSpace:
+    """Return what an answer of ``task`` (or BASE) is chosen from, see ``Learner.predict``."""
+    if not method.labels and classes is None:
+        raise DataError("nothing is learned yet; pass classes=[...] to ask the base model")
+    known = method.labels
+    separate = task != BASE and method.routing == "task-free"
+    if classes is not None:
+        return (
+            LabelSpace(classes=tuple(classes))
+            if not separate
+            else replace(known[task], classes=tuple(classes))
+        )
+    if separate:
+        return known[task]
+    names = dict.fromkeys(name for labels in known for name in labels.classes)
+    return LabelSpace(classes=tuple(names))
+
+
+def _example(sources: Sequence[Any], index: int) -> Example:
+    """Return one input as an example; among several, an error says which one it was."""
+    try:
+        image = read_image(sources[index])
+    except DataError as error:
+        if len(sources) == 1:
+            raise
+        raise DataError(f"image {index + 1} of {len(sources)}: {error}") from error
+    return Example(inputs={"image": image}, label=0, key=str(index))
+
+
+def _check_classes(classes: Sequence[str] | None) -> None:
+    """Refuse what is no list of class names: one string would be taken letter by letter."""
+    if classes is None:
+        return
+    wrong = isinstance(classes, str) or not isinstance(classes, Sequence)
+    if wrong or not all(isinstance(name, str) and name.strip() for name in classes):
+        raise ConfigError(f"classes must be a list of class names; got {classes!r}")
+    if not classes:
+        raise ConfigError("classes must name at least one class; got an empty list")
+
+
+def _answer(scores: Tensor, space: LabelSpace, task: str) -> Answer:
+    values, indices = scores.topk(min(5, len(space.classes)))
+    top = tuple(
+        (space.classes[index], float(value))
+        for index, value in zip(indices.tolist(), values, strict=True)
+    )
+    return Answer(label=top[0][0], score=top[0][1], task=task, top=top)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolora.assets import ROOT
 from evolora.errors import unknown_name
-from evolora.storage.files import make_folder
+from evolora.storage.files import make_folder, read_json
 from evolora.training.progress import terminal_progress
 
 if TYPE_CHECKING:
@@ -163,8 +163,17 @@ def _one(config: Mapping[str, Any], folder: Path) -> None:
     from evolora.config import parse_config
     from evolora.training.continual import ContinualRun
 
-    run = ContinualRun(parse_config(config), folder)
-    run.run(resume=(folder / "config.json").exists())
+    settings = parse_config(config)
+    if not _finished(folder, settings):
+        ContinualRun(settings, folder).run(resume=(folder / "config.json").exists())
+
+
+def _finished(folder: Path, config: RunConfig) -> bool:
+    """Return whether the folder holds this very run, complete."""
+    if not (folder / "evolora.json").exists() or not (folder / "run.json").exists():
+        return False
+    record = read_json(folder / "run.json", kind="run")
+    return bool(record.get("finished")) and record.get("config_hash") == config.hash()
 
 
 def _total_steps(config: RunConfig) -> int:

@@ -455,6 +455,16 @@ def test_noise_spreads_training_and_spares_evaluation(make_backbone) -> None:
     assert chosen[False] == [0, 1]  # ties of a fresh router
 
 
+def test_a_fresh_router_starts_on_experts_that_may_still_learn(make_backbone) -> None:
+    learner = learner_of(make_backbone, noise=False, freeze_top=2)
+    learner.learn(toy_task(0))
+    layer = method_of(learner).moe_layers()[0]
+    frozen = layer.bank.frozen_ids()
+    learner.begin(toy_task(1))
+    learner.method(next(batches(learner, 1)))
+    assert frozen and not set(layer.usage.most_used(2)) & set(frozen)
+
+
 def test_a_pool_grows_when_too_few_experts_are_free(make_backbone) -> None:
     learner = learner_of(make_backbone, num_experts=3, freeze_top=2, min_free_experts=2)
     layers = method_of(learner).moe_layers()
@@ -477,7 +487,7 @@ def test_a_shared_router_uses_what_its_pool_grew_by(make_backbone) -> None:
     for layer in method_of(learner).moe_layers():
         assert len(layer.routers) == 1 and len(layer.bank) == 4
         assert (layer.usage.counts > 0).sum() > 2, "new experts are never chosen"
-    assert learner.evaluate(toy_task(1)).routes == {"red shapes": 12}
+    assert learner.evaluate(toy_task(1)).routes == {"shared": 12}
 
 
 def test_towers_and_layers_can_be_chosen(make_backbone) -> None:

@@ -15,13 +15,20 @@ NOISE_FLOOR = 0.01
 """Added to the softplus standard deviation of the gate noise."""
 
 
-def top_k_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k_softmax(logits: Tensor, k: int, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (ids, gates), both (b, k): softmax over the k largest logits of each row.
 
-    Ties are broken toward the smaller index, so that a fresh all-zero router is deterministic.
+    Ties are broken toward the smaller index, counted from ``first`` (b,) or (1,) on and around the
+    end, so that a fresh all-zero router is deterministic.
     """
-    order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    return order.indices[:, :k], torch.softmax(order.values[:, :k], dim=-1)
+    experts = logits.shape[-1]
+    if first is None:
+        first = torch.zeros(1, dtype=torch.long, device=logits.device)
+    turned = (torch.arange(experts, device=logits.device) + first.unsqueeze(1)) % experts
+    turned = turned.expand(logits.shape)
+    order = torch.sort(logits.gather(-1, turned), dim=-1, descending=True, stable=True)
+    ids = turned.gather(-1, order.indices[:, :k])
+    return ids, torch.softmax(order.values[:, :k], dim=-1)
 
 
 def load_balance(values: Tensor) -> Tensor:
@@ -83,6 +90,7 @@ class TaskRouters(nn.Module):
     """
 
     pool: Tensor
+    first: Tensor
 
     def __init__(
         self, d: int, experts: int, k: int, *, device: torch.device | str | None = None
@@ -91,17 +99,24 @@ class TaskRouters(nn.Module):
         self.d, self.experts, self.k = d, experts, k
         self.gate = GrowingStack(d, experts, device=device)
         self.noise = GrowingStack(d, experts, device=device)
-        self.register_buffer("pool", torch.empty(0, dtype=torch.long, device="cpu"))
+        for name in ("pool", "first"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.long, device="cpu"))
 
     def __len__(self) -> int:
         return len(self.gate)
 
-    def grow(self) -> None:
-        """Add a router for a new task, all zero as in the paper's code, and freeze the others."""
+    def grow(self, first: int = 0) -> None:
+        """Add a router for a new task, all zero as in the paper's code, and freeze the others.
+
+        Args:
+            first: expert at which its ties begin to be broken; a method names its first unfrozen
+                one, so that a router that knows nothing yet starts on experts that may still learn.
+        """
         for stack in (self.gate, self.noise):
             stack.freeze(range(len(stack)))
             stack.grow(torch.zeros(1, self.d, self.experts, device=stack.active.device))
         self.pool = torch.cat([self.pool, self.pool.new_tensor([self.experts])])
+        self.first = torch.cat([self.first, self.first.new_tensor([first])])
 
     def widen(self, experts: int, *, adopt: bool = False) -> None:
         """Follow a pool that has grown.
@@ -143,14 +158,15 @@ class TaskRouters(nn.Module):
             chance: whether the chances of all experts are wanted too.
         """
         clean = self._logits(self.gate, c, tasks, uniform)
-        known = self.pool[tasks if uniform is None else [uniform]].to(c.device)
+        rows = tasks if uniform is None else [uniform]
+        known, first = self.pool[rows].to(c.device), self.first[rows].to(c.device)
         unknown = torch.arange(self.experts, device=c.device) >= known.unsqueeze(1)
         clean = clean.masked_fill(unknown, float("-inf"))
         noisy, std = clean, None
         if random is not None:
             std = F.softplus(self._logits(self.noise, c, tasks, uniform)) + NOISE_FLOOR
             noisy = clean + std * random.normal(f"{key}/gate", tuple(clean.shape), clean)
-        ids, gates = top_k_softmax(noisy, self.k)
+        ids, gates = top_k_softmax(noisy, self.k, first)
         if not chance:
             return Gating(ids, gates)
         if std is None or self.k == self.experts:

@@ -112,7 +112,7 @@ def run_demo(
     _run_all(configs, folders, progress)
     report = out / "report.html"
     result = DemoResult(runs=folders, report=report, seconds=time.perf_counter() - start)
-    write_report(result.records(), report, "Evolora demo: nine image domains, one after another")
+    write_report(result.records(), report, "Evolora demo: image domains, one after another")
     return DemoResult(runs=folders, report=report, seconds=time.perf_counter() - start)
 
 

@@ -55,9 +55,9 @@ def test_the_readme_s_learner_works_on_a_folder_of_folders(tmp_path: Path) -> No
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "photo.jpg")
     code = blocks(ROOT / "README.md")[0]
     code = code.replace("openai/clip-vit-base-patch16", str(ROOT / "src/evolora/assets/clip-tiny"))
-    code = code.replace("r=64, num_experts=22, top_k=2))", "r=4, num_experts=4, top_k=2),"
+    code = code.replace("r=64, num_experts=22, top_k=2)", "r=4, num_experts=4, top_k=2), "
                         "training=evolora.TrainingConfig(max_steps=3, warmup_steps=1, "
-                        "per_device_train_batch_size=4))")  # fmt: skip
+                        "per_device_train_batch_size=4)")  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )

@@ -73,7 +73,10 @@ CASES = {
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
     # All that a task used is frozen here, so that retention is exact; the paper freezes two.
     "moe-adapters": Case(
-        config=MoEAdaptersConfig(num_experts=4, freeze_top=9, r=8, selector=SELECTOR), retains=True
+        # every used expert is frozen, so a new router starts on experts that are still zero
+        config=MoEAdaptersConfig(num_experts=4, freeze_top=9, r=8, selector=SELECTOR),
+        retains=True,
+        fresh=True,
     ),
 }
 KINDS = ("clip", "siglip")

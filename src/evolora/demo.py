@@ -121,7 +121,7 @@ def _run_all(configs: Mapping[str, RunConfig], folders: Mapping[str, Path], prog
     cores = os.cpu_count() or 1
     workers = max(1, min(cores, len(configs)))
     with terminal_progress(progress) as bars, ProcessPoolExecutor(workers, context) as pool:
-        # The longest runs stand last in the table; started first, they leave no core idle at the end.
+        # The longest runs stand last in the table; started first, they leave no core idle.
         jobs = {
             name: pool.submit(_one, config.to_json(), folders[name])
             for name, config in reversed(configs.items())

@@ -124,7 +124,7 @@ def _run_all(configs: Mapping[str, RunConfig], folders: Mapping[str, Path], prog
         # The longest runs stand last in the table; started first, they leave no core idle.
         jobs = {
             name: pool.submit(_one, config.to_json(), folders[name])
-            for name, config in reversed(configs.items())
+            for name, config in reversed(list(configs.items()))
         }
         tasks = {
             name: bars.add_task(name, total=_total_steps(config), note="waiting") if bars else None

@@ -60,7 +60,7 @@ TEMPLATES = {
     "flags": ("{}", "the flag of {}", "a drawing of the flag of {}", "the national flag: {}"),
     "scripts": ("{}", "text in the {} script", "letters of the {} alphabet", "{} writing"),
 }
-GROUP_SHARE = {"emoji": 0.34, "icons": 0.28, "flags": 0.10, "scripts": 0.28}
+GROUP_SHARE = {"emoji": 0.30, "icons": 0.34, "flags": 0.06, "scripts": 0.30}
 FOCUS = 4.0  # how much more often names are drawn that some domain of the suite has as a class
 SYNONYM = 0.85  # names whose embeddings are closer than this are not each other's negatives
 

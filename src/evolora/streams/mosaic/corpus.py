@@ -50,7 +50,7 @@ GROUPS = ("emoji", "icons", "flags", "scripts")
 MIN_FAMILIES = 3  # icon names that fewer hands drew taught nothing in the trials
 MAX_PER_SET = 2  # variants of one name in one icon set
 MAX_PER_FAMILY = 4
-_SNIPPETS_PER_FONT = 40
+_SNIPPETS_PER_FONT = 160
 _OTHER_FONTS = (  # (source, glob below the package root); Noto Serif comes by script
     ("dejavu-core", "**/DejaVuSans.ttf"),
     ("dejavu-core", "**/DejaVuSerif.ttf"),

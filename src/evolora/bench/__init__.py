@@ -1,0 +1,18 @@
+"""`evolora bench`: what the experts cost, measured side by side in one process.
+
+Each bench is one module with ``measure(session)``. Machinery: ``timing`` (interleaved rounds),
+``memory``, ``environment``, ``goals`` (what the numbers are held against), ``references`` (naive
+loops in the cost shape of published code), ``session`` (collects what was measured).
+"""
+
+from __future__ import annotations
+
+BENCHES = {
+    "tower": "whole vision tower: adapters against the frozen base, full fine-tuning, PEFT, loops",
+    "layer": "one Linear: every formulation over experts, rank, k, tokens and kinds of route",
+    "train": "adapters in the top layers with cached activations below; cached class prompts",
+    "serve": "a batch of many adapters, a batch of one route, and what recognising the task costs",
+    "route": "the formulation the dispatcher picks against the fastest; --fit fits its thresholds",
+    "data": "images read, resized and normalised per second",
+}
+"""Name and summary of each bench, in the order in which `evolora bench all` runs them."""

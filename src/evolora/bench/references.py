@@ -1,0 +1,123 @@
+"""Naive loops in the cost shape of published code, to be timed against the library.
+
+Each is an :class:`ExpertLayer` with the weights of a library layer, so that it stands at the same
+site, computes the same function, and differs in nothing but how.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from evolora.experts.bank import ExpertBank
+from evolora.experts.sites import ExpertLayer
+from evolora.methods.moe_adapters import MoELayer
+from evolora.routing.route import Route
+
+
+class LoopLoRALayer(ExpertLayer):
+    """Every expert on for all: one after another, each adding its full-size output.
+
+    The shape of D-MoLE's layer (``result = result + gate * lora_B(lora_A(x)) * scaling``) and of
+    PEFT's with several active adapters.
+
+    Args:
+        bank: linear experts; those frozen there are frozen here.
+        gates: (e,) weight of each expert; None weighs all by 1.
+    """
+
+    def __init__(self, bank: ExpertBank, gates: Tensor | None = None) -> None:
+        super().__init__()
+        frozen = set(bank.frozen_ids())
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for expert, (a, b) in enumerate(zip(bank.A.all(), bank.B.all(), strict=True)):
+            self.down.append(_linear(a, None, expert in frozen))
+            self.up.append(_linear(b.T, None, expert in frozen))
+        self.gates = [1.0] * len(bank) if gates is None else gates.tolist()
+        self.scale = bank.scale
+
+    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
+        """Return out + sum of gate * scale * B A x."""
+        for gate, down, up in zip(self.gates, self.down, self.up, strict=True):
+            out = out + gate * up(down(x)) * self.scale
+        return out
+
+
+class LoopMoELayer(ExpertLayer):
+    """Top-k of ReLU bottlenecks as MoE-Adapters' code computes them (SparseDispatcher).
+
+    Rows are sorted by expert and split; each expert runs on its part; full-size outputs are joined,
+    weighted by their gates and added up by ``index_add``; the sum is added to the MLP's output.
+
+    Args:
+        layer: the library's layer, whose routers and experts are copied.
+    """
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        bank = layer.bank
+        assert bank.down_bias is not None and bank.up_bias is not None
+        stacks = (bank.A, bank.down_bias, bank.B, bank.up_bias)
+        frozen = set(bank.frozen_ids())
+        self.experts = nn.ModuleList()
+        for i, (a, a0, b, b0) in enumerate(zip(*(s.all() for s in stacks), strict=True)):
+            gone = i in frozen
+            self.experts.append(
+                nn.Sequential(_linear(a, a0, gone), nn.ReLU(), _linear(b.T, b0, gone))
+            )
+        self.routers = nn.ParameterList([gate.detach().clone() for gate in layer.routers.gate.all()])
+        self.scale, self.top_k = bank.scale, layer.config.top_k
+
+    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
+        """Return out + the gated experts of each row."""
+        assert route.uniform is not None
+        logits = route.summarize(x) @ self.routers[route.uniform]
+        top, chosen = logits.topk(self.top_k, dim=1)
+        gates = torch.zeros_like(logits).scatter(1, chosen, top.softmax(dim=1))
+        order, by_expert = torch.nonzero(gates)[:, 1].sort(stable=True)
+        rows = torch.nonzero(gates)[by_expert, 0]
+        sizes = (gates > 0).sum(dim=0).tolist()
+        parts = x[rows].split(sizes)
+        outputs = [expert(part) * self.scale for expert, part in zip(self.experts, parts, strict=True)]
+        joined = torch.cat([part for part in outputs if part.shape[0]])
+        weighted = joined * gates[rows, order][:, None, None]
+        return out + torch.zeros_like(out).index_add(0, rows, weighted)
+
+
+def loop_over_experts(
+    out: Tensor, x: Tensor, bank: ExpertBank, ids: Tensor, gates: Tensor, *, hit_only: bool
+) -> Tensor:
+    """Return ``out`` plus the gated linear experts of a bank, one expert at a time.
+
+    Args:
+        out: (b, n, d_out) base output.
+        x: (b, n, d_in) input.
+        bank: linear experts.
+        ids, gates: (b, k) per sample, or (b, n, k) per token.
+        hit_only: index the rows that chose an expert (mixture-of-experts code); otherwise every
+            expert runs on everything and is weighted, by zero too (dense gating code).
+    """
+    if ids.dim() == 2:
+        ids, gates = ids.unsqueeze(1), gates.unsqueeze(1)
+    factors = zip(bank.A.all().unbind(), bank.B.all().unbind(), strict=True)
+    for expert, (a, b) in enumerate(factors):
+        weight = (gates * (ids == expert)).sum(dim=-1, keepdim=True) * bank.scale
+        if not hit_only:
+            out = out + weight * ((x @ a.T) @ b)
+        elif ids.shape[1] == 1:  # a route per sample
+            rows = torch.nonzero(weight[:, 0, 0]).squeeze(1)
+            out = out.index_add(0, rows, weight[rows] * ((x[rows] @ a.T) @ b))
+        else:
+            rows = torch.nonzero(weight.flatten()).squeeze(1)
+            part = weight.flatten(0, 1)[rows] * ((x.flatten(0, 1)[rows] @ a.T) @ b)
+            out = out.flatten(0, 1).index_add(0, rows, part).view_as(out)
+    return out
+
+
+def _linear(weight: Tensor, bias: Tensor | None, frozen: bool) -> nn.Linear:
+    """Return a Linear with copies of the given tensors."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=not frozen)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=not frozen)
+    return made

@@ -14,16 +14,13 @@ by the gates in the r-dimensional space, where autograd keeps almost nothing.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
+from evolora.experts.dispatch import Formulation
 from evolora.randomness import StepRandom
-
-Formulation = Literal["auto", "shared", "gather", "stacked"]
 
 GATHER_MIN_TOKENS = 16
 """Below so many tokens per route, a batched matmul degenerates to matrix-vector products."""
@@ -36,12 +33,13 @@ def mix(
     x: Tensor,
     bank: ExpertBank,
     ids: Tensor,
-    gates: Tensor,
+    gates: Tensor | None = None,
     *,
     dropout: float = 0.0,
     random: StepRandom | None = None,
     key: str = "",
     formulation: Formulation = "auto",
+    inplace: bool = False,
 ) -> Tensor:
     """Return ``out`` plus the gated sum of the experts ``ids`` applied to ``x``.
 
@@ -56,6 +54,8 @@ def mix(
         key: name under which this site draws.
         formulation: "auto" applies the dispatch rule; the others force one form.
     """
+    if gates is None:
+        gates = torch.ones(ids.shape, dtype=x.dtype, device=x.device)
     chosen = choose(bank, x, ids) if formulation == "auto" else formulation
     if chosen == "shared" and ids.shape[0] != 1:
         raise ConfigError(f"'shared' needs one row of expert ids; got {ids.shape[0]}")

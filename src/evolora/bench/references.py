@@ -22,24 +22,24 @@ class LoopLoRALayer(ExpertLayer):
     PEFT's with several active adapters.
 
     Args:
-        bank: linear experts; those frozen there are frozen here.
-        gates: (e,) weight of each expert; None weighs all by 1.
+        layer: a layer with a bank of linear experts; those frozen there are frozen here.
     """
 
-    def __init__(self, bank: ExpertBank, gates: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        bank = layer.bank
+        assert isinstance(bank, ExpertBank)
         frozen = set(bank.frozen_ids())
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for expert, (a, b) in enumerate(zip(bank.A.all(), bank.B.all(), strict=True)):
             self.down.append(_linear(a, None, expert in frozen))
             self.up.append(_linear(b.T, None, expert in frozen))
-        self.gates = [1.0] * len(bank) if gates is None else gates.tolist()
-        self.scale = bank.scale
+        self.gate, self.scale = 1.0, bank.scale
 
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
         """Return out + sum of gate * scale * B A x."""
-        for gate, down, up in zip(self.gates, self.down, self.up, strict=True):
-            out = out + gate * up(down(x)) * self.scale
+        for down, up in zip(self.down, self.up, strict=True):
+            out = out + self.gate * up(down(x)) * self.scale
         return out
 
 
@@ -53,8 +53,9 @@ class LoopMoELayer(ExpertLayer):
         layer: the library's layer, whose routers and experts are copied.
     """
 
-    def __init__(self, layer: MoELayer) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        assert isinstance(layer, MoELayer)
         bank = layer.bank
         assert bank.down_bias is not None and bank.up_bias is not None
         stacks = (bank.A, bank.down_bias, bank.B, bank.up_bias)

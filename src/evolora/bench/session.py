@@ -117,6 +117,38 @@ class Session:
                 table.put(variant.name, **self.weigh(variant, inputs[0]))
         return self.time(title, variants, inputs, rounds=rounds, table=table)
 
+    def sweep(
+        self,
+        title: str,
+        axis: str,
+        values: Sequence[int | str],
+        build: Callable[[Any], tuple[Sequence[Variant], Sequence[Any]]],
+        *,
+        rounds: int,
+        note: str = "",
+    ) -> dict[int | str, Comparison]:
+        """Time what ``build`` makes (variants, inputs) of each value; one table per pass.
+
+        Variants keep their names over the sweep. Bases, which are 1 throughout, are left out.
+        """
+        passes: tuple[Pass, ...] = ("forward", "step")
+        columns = [str(value) for value in values]
+        tables = {
+            which: self.table(f"{title}: {which}", columns, note=note, axis=axis)
+            for which in passes
+        }
+        done: dict[int | str, Comparison] = {}
+        for value in values:
+            variants, inputs = build(value)
+            for variant in variants:
+                self.check(variant, inputs[0])
+            done[value] = self.time(f"{title}, {axis} {value}", variants, inputs, rounds=rounds)
+            for variant, which in ((v, which) for v in variants for which in v.passes):
+                ratio = done[value].ratio(variant.name, which)
+                if ratio is not None and variant.base(which) != variant.name:
+                    tables[which].put(variant.name, **{str(value): ratio.median})
+        return done
+
     def check(self, variant: Variant, x: Any) -> float | None:
         """Return the largest difference from the float64 reference, relative to its largest value.
 

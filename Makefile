@@ -7,7 +7,7 @@ CORE   := $(VENV)/.evolora-core
 DEV    := $(VENV)/.evolora-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow bench-quick lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: $(DEV)  ## the default suite (slow tests left out)
 
 test-slow: $(DEV)  ## only the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+bench-quick: $(DEV)  ## every bench at small sizes, in two minutes; fails on a ratio 25 % off its goal
+	OMP_NUM_THREADS=1 $(BIN)/evolora bench all --quick --check
 
 lint: $(DEV)  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

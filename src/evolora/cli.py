@@ -314,6 +314,69 @@ def data_build(
 
 
 @app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="tower, layer, train, serve, route, data or all")],
+    quick: Annotated[bool, typer.Option("--quick", help="small sizes, under 2 minutes")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="exit code 1 when a goal is missed by more than 25 %")
+    ] = False,
+    layers: Annotated[int | None, typer.Option(help="transformer blocks")] = None,
+    batch: Annotated[int | None, typer.Option(help="samples per batch")] = None,
+    rounds: Annotated[int | None, typer.Option(help="shuffled rounds")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    wall: Annotated[bool, typer.Option("--wall", help="wall-clock, not process CPU time")] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="route: fit the dispatcher to this machine, and keep it")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="order of rounds, weights, inputs")] = 0,
+    write: Annotated[
+        Path | None, typer.Option(help="Markdown page to write, e.g. docs/performance.md")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time experts against the frozen base, full fine-tuning, PEFT and naive loops, side by side."""
+    from evolora.bench.runner import names_of
+
+    names = names_of(name)  # a wrong name need not wait for torch
+    from evolora.bench.goals import SLACK
+    from evolora.bench.runner import run as run_benches
+    from evolora.bench.settings import Settings
+    from evolora.training.progress import Reporter, terminal_progress
+
+    settings = Settings(
+        layers=layers,
+        batch=batch,
+        rounds=rounds,
+        dtype=dtype,
+        device=device,
+        quick=quick,
+        wall=wall,
+        seed=seed,
+    )
+    with terminal_progress(not quiet) as bars:
+        result = run_benches(names, settings, Reporter(bars), fit=fit)
+    slack = SLACK if check else 0.0
+    if as_json:
+        _print_json(result.to_json(slack))
+    else:
+        from rich.console import Console
+
+        from evolora.bench.console import print_report
+
+        print_report(result, Console(), slack)
+    if write is not None:
+        from evolora.bench.page import write_page
+
+        print(f"page: {write_page(result.results, write)}", file=sys.stderr)
+    if result.interrupted:
+        raise typer.Exit(130)
+    if check and not all(verdict.within_slack for verdict in result.verdicts(slack)):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check the machine: versions, threads, devices, embedded assets, optional packages."""
     from evolora.doctor import examine

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from evolora.errors import unknown_name
 
-QUICK_SLACK = 0.25
-"""Share by which a quick run, on small sizes and few rounds, may miss a goal."""
+SLACK = 0.25
+"""Share by which a checked run, usually of small sizes and few rounds, may miss a goal."""
 
 
 @dataclass(frozen=True, kw_only=True)

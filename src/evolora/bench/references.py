@@ -6,6 +6,8 @@ site, computes the same function, and differs in nothing but how.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,27 @@ class LoopLoRALayer(ExpertLayer):
         for down, up in zip(self.down, self.up, strict=True):
             out = out + self.gate * up(down(x)) * self.scale
         return out
+
+
+class RoutedLoopLayer(ExpertLayer):
+    """A task's expert for each row: one expert after another on the rows that chose it.
+
+    The shape of PEFT's mixed batches (``adapter_names``).
+
+    Args:
+        layer: a layer with a bank of linear experts, which is copied.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.bank = copy.deepcopy(layer.bank)
+
+    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
+        """Return out + scale * B A x of each row's expert."""
+        ids = route.tasks.unsqueeze(1)
+        bank = self.bank
+        assert isinstance(bank, ExpertBank)
+        return loop_over_experts(out, x, bank, ids, torch.ones_like(ids), hit_only=True)
 
 
 class LoopMoELayer(ExpertLayer):

@@ -125,13 +125,13 @@ class Session:
         build: Callable[[Any], tuple[Sequence[Variant], Sequence[Any]]],
         *,
         rounds: int,
+        passes: Sequence[Pass] = ("forward", "step"),
         note: str = "",
     ) -> dict[int | str, Comparison]:
         """Time what ``build`` makes (variants, inputs) of each value; one table per pass.
 
         Variants keep their names over the sweep. Bases, which are 1 throughout, are left out.
         """
-        passes: tuple[Pass, ...] = ("forward", "step")
         columns = [str(value) for value in values]
         tables = {
             which: self.table(f"{title}: {which}", columns, note=note, axis=axis)

@@ -8,7 +8,6 @@ authors' code; what computes the same function is checked against one float64 lo
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from evolora.backbones.clip import DualEncoder
 from evolora.bench.references import LoopLoRALayer, LoopMoELayer
+from evolora.bench.peft_tower import peft_hidden, peft_installed, peft_tower
 from evolora.bench.session import Session, rotated
 from evolora.bench.settings import Settings
 from evolora.bench.timing import Comparison, Variant
@@ -25,6 +25,7 @@ from evolora.bench.towers import (
     TARGETS,
     FindSites,
     build,
+    expected,
     floor,
     hidden,
     in_float64,
@@ -87,10 +88,11 @@ def lora(backbone: DualEncoder, x: Tensor) -> list[Variant]:
         modules=(method,),
         reference=reference,
     )
-    if importlib.util.find_spec("peft") is None:
+    if not peft_installed():
         return [ours]
-    adapted, model = peft_lora(backbone, method)
-    return [replace(ours, name=f"PEFT LoRA r{R}", run=hidden(adapted), modules=(model,)), ours]
+    model = peft_tower(backbone, method)
+    peft = replace(ours, name=f"PEFT LoRA r{R}", run=peft_hidden(model), modules=(model,))
+    return [peft, ours]
 
 
 def moe(backbone: DualEncoder, x: Tensor, experts: int, suffix: str = "") -> list[Variant]:
@@ -120,36 +122,3 @@ def moe(backbone: DualEncoder, x: Tensor, experts: int, suffix: str = "") -> lis
         name=own_floor, run=floor(backbone, mlp_sites), passes=("step",), step_base=own_floor
     )
     return [least, loop, ours]
-
-
-def expected(
-    backbone: DualEncoder,
-    method: Method,
-    sites: FindSites,
-    make: Callable[[nn.Module], ExpertLayer],
-    x: Tensor,
-) -> Tensor:
-    """Return what the method's function gives in double precision, computed by naive loops."""
-    exact = in_float64(backbone)
-    insert_copies(exact, method, sites, make)
-    with torch.no_grad():
-        return routed(exact)(x.double())
-
-
-def peft_lora(backbone: DualEncoder, method: Method) -> tuple[DualEncoder, nn.Module]:
-    """Return a twin with PEFT's LoRA of the method's weights, and the PEFT model."""
-    from peft import LoraConfig, get_peft_model
-
-    other = twin(backbone)
-    names = {module: name for name, module in other.model.named_modules()}
-    sites = linear_sites(other)
-    targets = [names[site.module] for site in sites]
-    config = LoraConfig(r=R, lora_alpha=R, target_modules=targets)
-    model: nn.Module = get_peft_model(other.model, config)
-    for site, target in zip(sites, targets, strict=True):
-        bank: Any = method.layers[site.key].bank
-        adapted: Any = other.model.get_submodule(target)
-        with torch.no_grad():
-            adapted.lora_A["default"].weight.copy_(bank.A.all()[0])
-            adapted.lora_B["default"].weight.copy_(bank.B.all()[0].T)
-    return other, model

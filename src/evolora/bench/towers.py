@@ -161,3 +161,18 @@ def floor(backbone: DualEncoder, sites: FindSites) -> Callable[[Tensor], Tensor]
         if site.layer == lowest:
             site.module.register_forward_hook(start)
     return hidden(other)
+
+
+def expected(
+    backbone: DualEncoder,
+    method: Method,
+    sites: FindSites,
+    make: Callable[[nn.Module], ExpertLayer],
+    x: Tensor,
+    task: int | Tensor = 0,
+) -> Tensor:
+    """Return what the method's function gives in double precision, computed by naive loops."""
+    exact = in_float64(backbone)
+    insert_copies(exact, method, sites, make)
+    with torch.no_grad():
+        return routed(exact, task)(x.double())

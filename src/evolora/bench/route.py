@@ -1,0 +1,156 @@
+"""Bench "route": the formulation the dispatcher picks, against the fastest one, over many shapes.
+
+regret = time of the chosen formulation / time of the fastest. With ``fit`` the dispatcher's
+thresholds are set to what makes the regrets smallest here, and kept for this type of device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from evolora.bench.layer import Shape, case
+from evolora.bench.session import Session
+from evolora.bench.timing import Pass
+from evolora.experts.dispatch import Thresholds, choose, save_thresholds, thresholds_for
+
+PASSES: tuple[Pass, ...] = ("forward", "step")
+CANDIDATES: dict[str, tuple[float, ...]] = {
+    "gather_min_tokens": (2, 4, 8, 16, 32, 64),
+    "gather_max_rank_per_token": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "stacked_max_rows_single": (0, 64, 128, 256, 512, 1024, 2048, 4096),
+    "stacked_max_rows_token": (0, 64, 128, 256, 512, 1024, 2048, 4096),
+    "segments_min_rows": (0, 8, 16, 32, 64, 128, 256, 2**31),
+}
+"""Values tried for each threshold that decides between formulations."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of every formulation of a shape, per pass."""
+
+    shape: Shape
+    seconds: Mapping[tuple[str, Pass], float]
+
+    def choice(self, thresholds: Thresholds) -> str:
+        """Return the formulation that thresholds pick for this shape."""
+        s = self.shape
+        return choose(
+            s.experts,
+            s.r,
+            s.batch,
+            s.tokens,
+            s.k,
+            per_token=s.per_token,
+            thresholds=thresholds,
+        )
+
+    def fastest(self, which: Pass) -> str:
+        """Return the fastest formulation of a pass."""
+        return min(self.shape.formulations, key=lambda f: self.seconds[f, which])
+
+    def regret(self, thresholds: Thresholds, which: Pass) -> float:
+        """Return the time of the choice over the fastest one's."""
+        best = self.seconds[self.fastest(which), which]
+        return self.seconds[self.choice(thresholds), which] / best
+
+
+def measure(session: Session, *, fit: bool = False) -> None:
+    """Time the grid and judge the dispatcher; with ``fit``, fit its thresholds and judge again."""
+    kind = session.device.type
+    before = thresholds_for(kind)
+    timed = time_grid(session, grid(quick=session.settings.quick), before)
+    if fit:
+        after = fitted(timed, before)
+        path = save_thresholds(kind, after)
+        changes = session.table(
+            f"thresholds of {kind}", ("before", "now"), note=f"kept in {path}"
+        )
+        for name, value in asdict(before).items():
+            changes.put(name, before=f"{value:g}", now=f"{getattr(after, name):g}")
+        show(session, timed, after, "with the fitted thresholds")
+
+
+def grid(*, quick: bool) -> list[Shape]:
+    """Return the shapes: routes per sample over tokens, rank, pool and k, and routes per token."""
+    sizes = ((1, 64), (16, 32), (50, 32), (197, 8))
+    ranks = ((4, 1, 16), (16, 2, 8), (16, 2, 64), (64, 2, 22))
+    tokens = ((8, 16, 2), (64, 16, 2), (128, 8, 1))
+    if quick:
+        sizes, ranks, tokens = ((1, 64), (50, 8)), ranks[1:], tokens[:2]
+    samples = [
+        Shape(tokens=n, batch=b, r=r, k=k, experts=e)
+        for (n, b), (r, k, e) in itertools.product(sizes, ranks)
+    ]
+    # Not 197 tokens everywhere: what counts here is n * b, the number of routes.
+    return samples + [
+        Shape(tokens=n, batch=b, r=r, k=k, experts=e, per_token=True)
+        for (n, b), (e, r, k) in itertools.product(sizes[2:] or sizes[1:], tokens)
+    ]
+
+
+def time_grid(session: Session, shapes: Sequence[Shape], thresholds: Thresholds) -> list[Timed]:
+    """Time every formulation of every shape, and show the choice of the thresholds for each."""
+    timed: list[Timed] = []
+    try:
+        for number, shape in enumerate(shapes, start=1):
+            made = case(shape, session.settings)
+            variants = [v for v in made.variants(loops=False) if v.name in shape.formulations]
+            variants = [
+                replace(v, forward_base=v.name, step_base=v.name, reference=None) for v in variants
+            ]
+            comparison = session.time(
+                f"shape {number} of {len(shapes)}",
+                variants,
+                made.inputs,
+                rounds=session.settings.either(7, 5),
+            )
+            cells = itertools.product(shape.formulations, PASSES)
+            timed.append(Timed(shape, {cell: comparison.seconds(*cell) for cell in cells}))
+    finally:
+        show(session, timed, thresholds, "as it is")
+    return timed
+
+
+def show(session: Session, timed: Sequence[Timed], thresholds: Thresholds, title: str) -> None:
+    """Add a table of choices and regrets, and the goal's number."""
+    columns = ("chosen", "fastest forward", "regret forward", "fastest step", "regret step")
+    table = session.table(f"dispatcher, {title}", columns)
+    regrets = []
+    for one in timed:
+        row: dict[str, float | str] = {"chosen": one.choice(thresholds)}
+        for which in PASSES:
+            row[f"fastest {which}"] = one.fastest(which)
+            row[f"regret {which}"] = one.regret(thresholds, which)
+            regrets.append(one.regret(thresholds, which))
+        table.put(_label(one.shape), **row)
+    if regrets:
+        table.note = f"median regret {statistics.median(regrets):.2f}, worst {max(regrets):.2f}"
+        session.goal("regret", max(regrets))
+
+
+def fitted(timed: Sequence[Timed], start: Thresholds) -> Thresholds:
+    """Return the thresholds with the smallest mean log regret, changed one at a time.
+
+    A value that gains nothing is left as it was.
+    """
+
+    def loss(thresholds: Thresholds) -> float:
+        regrets = (one.regret(thresholds, which) for one in timed for which in PASSES)
+        return sum(math.log(regret) for regret in regrets)
+
+    best = start
+    for _ in range(2):  # a second pass sees the first one's other thresholds
+        for name, candidates in CANDIDATES.items():
+            kind = type(getattr(start, name))
+            tried = [best, *(replace(best, **{name: kind(value)}) for value in candidates)]
+            best = min(tried, key=loss)
+    return best
+
+
+def _label(shape: Shape) -> str:
+    per = "token" if shape.per_token else "sample"
+    return f"per {per}, {shape.batch} × {shape.tokens}, e {shape.experts}, r {shape.r}, k {shape.k}"

@@ -1,0 +1,110 @@
+"""Bench "serve": a batch in which rows have different adapters, one in which all have the same, and
+what recognising the task adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolora.backbones.clip import DualEncoder, layer_statistics
+from evolora.bench.peft_tower import peft_hidden, peft_installed, peft_one_pass_each, peft_tower
+from evolora.bench.references import RoutedLoopLayer
+from evolora.bench.session import Session, rotated
+from evolora.bench.timing import Variant
+from evolora.bench.towers import (
+    TARGETS,
+    build,
+    expected,
+    hidden,
+    learner,
+    linear_sites,
+    pixels,
+    routed,
+    twin,
+)
+from evolora.methods.lora import LoRAPerTask, LoRAPerTaskConfig
+from evolora.randomness import generator
+from evolora.routing.autoencoders import AutoEncoderBank
+
+R, TASKS = 16, 16
+MIXED = "Evolora, mixed batch"
+ONE = "Evolora, one route"
+ADAPTERS = (1, 4, 16, 64)
+
+
+def measure(session: Session) -> None:
+    """Time mixed batches of ever more adapters, then the selector."""
+    s = session.settings
+    batch = s.batch or s.either(32, 16)
+    backbone = build(s, s.layers or 1, patch=32)
+    inputs = rotated(lambda: pixels(s, batch), session.device)
+    done = session.sweep(
+        f"{s.layers or 1} layer of ViT-B/32, {batch} images, LoRA r {R} on {', '.join(TARGETS)}",
+        "adapters",
+        s.either(ADAPTERS, (1, 16)),
+        lambda adapters: (serving(backbone, inputs[0], adapters), inputs),
+        rounds=s.either(9, 5),
+        passes=("forward",),
+        note="Time over the frozen base's.",
+    )
+    ratios = {n: comparison.ratio(MIXED, "forward") for n, comparison in done.items()}
+    session.goal("serve-mixed", max(ratio.median for ratio in ratios.values() if ratio))
+    one = done[1].ratio(ONE, "forward")
+    session.goal("serve-one", one.median if one else None)
+    recognising(session, batch)
+
+
+def serving(backbone: DualEncoder, x: Tensor, adapters: int) -> list[Variant]:
+    """Return the frozen base and every way of serving a batch whose rows have so many adapters."""
+    config = LoRAPerTaskConfig(r=R, lora_alpha=R, target_modules=TARGETS, towers=("vision",))
+    method: Any = learner(LoRAPerTask, config, backbone, adapters)
+    method.finish_task()
+    tasks = torch.arange(len(x), device=x.device) % adapters
+    reference = expected(backbone, method, linear_sites, RoutedLoopLayer, x, tasks)
+
+    def served(name: str, run: Any) -> Variant:
+        return Variant(name=name, run=run, passes=("forward",), reference=reference)
+
+    made = [Variant(name="frozen base", run=hidden(twin(backbone)), passes=("forward",))]
+    if peft_installed():
+        model = peft_tower(backbone, method)
+        names: Sequence[int] = tasks.tolist()
+        made.append(served("PEFT, adapter_names", peft_hidden(model, names)))
+        made.append(served("PEFT, one pass each", peft_one_pass_each(model, tasks)))
+    made.append(served(MIXED, routed(method.backbone, tasks)))
+    if adapters == 1:
+        made.append(served(ONE, routed(method.backbone, 0)))
+    return made
+
+
+def recognising(session: Session, batch: int) -> None:
+    """Time the auto-encoders of 16 tasks, on features of a forward that runs anyway."""
+    s = session.settings
+    layers = s.layers or s.either(12, 3)
+    backbone = build(s, layers, patch=32)
+    width = backbone.feature_widths()["layers"]
+    scorer = AutoEncoderBank(width, 64, device=session.device)
+    draw = generator(s.seed, "auto-encoders")
+    for _ in range(TASKS):
+        stacks = (*scorer.networks(), scorer.center)
+        scorer.add([torch.randn(stack.shape, generator=draw) / width for stack in stacks])
+    x = pixels(s, batch)
+    with torch.no_grad():
+        tower: Any = backbone.model.get_submodule("vision_model")
+        states = tower(pixel_values=x, output_hidden_states=True).hidden_states
+    whole, part = f"forward, {layers} layers", f"recognise 1 of {TASKS} tasks"
+    forward = Variant(name=whole, run=hidden(backbone), passes=("forward",), forward_base=whole)
+    recognise = replace(forward, name=part, run=lambda _: scorer.errors(layer_statistics(states)))
+    table = session.table("recognising the task", ("ms", "share of a forward"))
+    comparison = session.time(table.title, [forward, recognise], [x], rounds=s.either(5, 3))
+    for name in (whole, part):
+        share = comparison.ratio(name, "forward")
+        assert share is not None
+        milliseconds = 1000 * comparison.seconds(name, "forward")
+        table.put(name, ms=milliseconds, **{"share of a forward": f"{100 * share.median:.2f} %"})
+    session.goal("selector-share", share.median)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evolora.bench.session import Session
 from evolora.bench.timing import Variant
+from evolora.streams.decoding import jpeg_library
 from evolora.streams.images import read_image, resize_center_crop
 
 SIDE = 224
@@ -44,7 +45,11 @@ def measure(session: Session) -> None:
 
 def readers() -> dict[str, Callable[[bytes], Tensor]]:
     """Return functions from a JPEG file's bytes to a normalised tensor (1, 3, 224, 224)."""
-    return {USUAL: _transformers(), "PIL and numpy": _pil_numpy, "Evolora": _ours}
+    made = {USUAL: _transformers(), "PIL and numpy": _pil_numpy}
+    made["Evolora, decoded by PIL"] = lambda file: _ours(Image.open(io.BytesIO(file)))
+    if jpeg_library() is not None:
+        made["Evolora, decoded by simplejpeg"] = _ours
+    return made
 
 
 def jpeg(size: tuple[int, int], seed: int) -> bytes:
@@ -84,7 +89,7 @@ def _pil_numpy(file: bytes) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
-def _ours(file: bytes) -> Tensor:
+def _ours(file: bytes | Image.Image) -> Tensor:
     image = resize_center_crop(read_image(file), SIDE)[None]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (image.float() / 255.0 - mean) / std

@@ -89,7 +89,7 @@ class Case:
 
         def run(x: Tensor) -> Tensor:
             out = F.linear(x, self.weight)
-            return mix(out, x, self.bank, self.ids, self.gates, formulation=formulation)
+            return mix(out, x, self.bank, self.ids, self.gates, formulation=formulation, inplace=True)
 
         return run
 

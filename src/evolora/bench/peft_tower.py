@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,9 @@ def peft_tower(backbone: DualEncoder, method: Method) -> nn.Module:
     banks: list[Any] = [method.layers[site.key].bank for site in sites]
     scaled = banks[0].scale * banks[0].r
     config = LoraConfig(r=banks[0].r, lora_alpha=scaled, target_modules=targets)
-    model: Any = get_peft_model(tower, config, adapter_name="0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name transformers renamed
+        model: Any = get_peft_model(tower, config, adapter_name="0")
     for adapter in range(1, len(banks[0])):
         model.add_adapter(str(adapter), config)
     with torch.no_grad():

@@ -48,10 +48,14 @@ from evolora.methods.moe_adapters import (
 )
 
 R, EXPERTS, HIDDEN, TASKS = 16, 22, 64, 20
+LORA, PEFT, TUNED = f"LoRA r{R}", f"PEFT LoRA r{R}", "full fine-tuning"
+MOE = f"top-2 of {EXPERTS} experts"
+HOW = ("loop", "stacked", "merged")
+LOOP, STACKED, MERGED = (f"{TASKS} experts on for all, {how}" for how in HOW)
 
 
 def measure(session: Session) -> None:
-    """Compare adapters in a whole tower, then let the pool of experts grow."""
+    """Compare adapters in a whole tower, then let the pool and the number of tasks grow."""
     s = session.settings
     layers, batch = s.layers or s.either(3, 2), s.batch or s.either(8, 2)
     backbone = build(s, layers)
@@ -59,10 +63,62 @@ def measure(session: Session) -> None:
     variants = [
         *bases(backbone),
         *lora(backbone, inputs[0]),
+        *accumulated(backbone, inputs[0], TASKS),
         *moe(backbone, inputs[0], EXPERTS),
     ]
     title = f"{layers} layers of ViT-B/16, {batch} images, {s.dtype}"
-    comparison = session.compare(title, variants, inputs, rounds=s.either(7, 5))
+    report(session, session.compare(title, variants, inputs, rounds=s.either(7, 5)))
+    grow(session)
+
+
+def report(session: Session, comparison: Comparison) -> None:
+    """Hand over what the goals are about."""
+    cells = session.result.tables[-1].cells
+
+    def number(row: str, column: str) -> float | None:
+        value = cells.get(row, {}).get(column)
+        return float(value) if isinstance(value, float) else None
+
+    session.goal("lora-forward", number(LORA, "forward"))
+    session.goal("lora-step", number(LORA, "step"))
+    peaks = number(LORA, "peak MiB"), number(TUNED, "peak MiB")
+    session.goal("lora-peak", peaks[0] / peaks[1] if peaks[0] and peaks[1] else None)
+    session.goal("moe-step", number(MOE, "step"))
+    session.goal("moe-saved", number(MOE, "saved MiB"))
+    session.goal("many-merged", number(MERGED, "step"))
+    session.goal("many-stacked", number(STACKED, "step"))
+    session.goal("many-speedup", comparison.between((LOOP, "step"), (MERGED, "step")).median)
+    session.goal("many-peak", number(MERGED, "peak MiB"))
+    errors = [number(row, "error") for row in (LORA, STACKED, MERGED, MOE)]
+    session.goal("agreement", max(error for error in errors if error is not None))
+
+
+def grow(session: Session) -> None:
+    """Sweep the size of the pool and the number of experts that are on for all."""
+    s = session.settings
+    layers, batch = s.layers or s.either(2, 1), s.batch or s.either(8, 2)
+    backbone = build(s, layers)
+    inputs = rotated(lambda: pixels(s, batch), session.device)
+    size, rounds = f"{layers} layers, {batch} images", s.either(5, 3)
+    done = session.sweep(
+        f"growing pool, {size}",
+        "e",
+        s.either((4, 8, 16, 32, 64, 128), (4, 64)),
+        lambda e: ([*bases(backbone)[:1], *moe(backbone, inputs[0], e, "top-2")], inputs),
+        rounds=rounds,
+    )
+    steps = [comparison.ratio("top-2", "step") for comparison in done.values()]
+    medians = [ratio.median for ratio in steps if ratio]
+    session.goal("moe-flat", max(medians) / min(medians))
+    if s.quick:
+        return
+    session.sweep(
+        f"growing number of experts on for all, {size}",
+        "t",
+        (1, 2, 5, 10, 20, 32),
+        lambda t: ([*bases(backbone)[:2], *accumulated(backbone, inputs[0], t, HOW)], inputs),
+        rounds=rounds,
+    )
 
 
 def bases(backbone: DualEncoder) -> list[Variant]:
@@ -73,7 +129,7 @@ def bases(backbone: DualEncoder) -> list[Variant]:
     return [
         Variant(name="frozen base", run=hidden(twin(backbone)), passes=("forward",)),
         Variant(name="floor", run=floor(backbone, linear_sites), passes=("step",)),
-        Variant(name="full fine-tuning", run=hidden(tuned), passes=("step",), modules=(whole,)),
+        Variant(name=TUNED, run=hidden(tuned), passes=("step",), modules=(whole,)),
     ]
 
 
@@ -83,7 +139,7 @@ def lora(backbone: DualEncoder, x: Tensor) -> list[Variant]:
     method = learner(JointLoRA, config, backbone)
     reference = expected(backbone, method, linear_sites, LoopLoRALayer, x)
     ours = Variant(
-        name=f"LoRA r{R}",
+        name=LORA,
         run=routed(method.backbone),
         modules=(method,),
         reference=reference,
@@ -91,11 +147,46 @@ def lora(backbone: DualEncoder, x: Tensor) -> list[Variant]:
     if not peft_installed():
         return [ours]
     model = peft_tower(backbone, method)
-    peft = replace(ours, name=f"PEFT LoRA r{R}", run=peft_hidden(model), modules=(model,))
+    peft = replace(ours, name=PEFT, run=peft_hidden(model), modules=(model,))
     return [peft, ours]
 
 
-def moe(backbone: DualEncoder, x: Tensor, experts: int, suffix: str = "") -> list[Variant]:
+def accumulated(
+    backbone: DualEncoder, x: Tensor, tasks: int, names: Sequence[str] = (LOOP, STACKED, MERGED)
+) -> list[Variant]:
+    """Return experts of many tasks that are all on for everybody; only the last one trains."""
+    config = LoRAPerTaskConfig(r=R, lora_alpha=R, target_modules=TARGETS, towers=("vision",))
+    method = learner(LoRAPerTask, config, backbone, tasks)
+    reference = expected(backbone, method, linear_sites, LoopLoRALayer, x)
+    made = []
+    for name, make in zip(names, (LoopLoRALayer, StackedLayer), strict=False):
+        other = twin(backbone)
+        layers = insert_copies(other, method, linear_sites, make)
+        made.append(
+            Variant(name=name, run=routed(other), modules=(layers,), reference=reference)
+        )
+    return made
+
+
+class StackedLayer(ExpertLayer):
+    """Every expert of a bank on for all rows, in one stacked product.
+
+    Args:
+        layer: a layer with a bank of linear experts, which is shared.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.bank = layer.bank
+
+    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
+        """Return out + the sum of all experts."""
+        bank = self.bank
+        assert isinstance(bank, ExpertBank)
+        return mix(out, x, bank, range(len(bank)), inplace=True)
+
+
+def moe(backbone: DualEncoder, x: Tensor, experts: int, name: str = MOE) -> list[Variant]:
     """Return top-2 of a pool of bottlenecks: floor, loop in the authors' shape, the library's."""
     config = MoEAdaptersConfig(
         num_experts=experts,
@@ -107,9 +198,9 @@ def moe(backbone: DualEncoder, x: Tensor, experts: int, suffix: str = "") -> lis
     )
     method = learner(MoEAdapters, config, backbone)
     reference = expected(backbone, method, mlp_sites, LoopMoELayer, x)
-    own_floor = f"floor beside the MLP{suffix}"
+    own_floor = "floor beside the MLP"
     ours = Variant(
-        name=f"MoE top-2 of {experts}",
+        name=name,
         run=routed(method.backbone),
         modules=(method,),
         step_base=own_floor,
@@ -117,7 +208,7 @@ def moe(backbone: DualEncoder, x: Tensor, experts: int, suffix: str = "") -> lis
     )
     loops = twin(backbone)
     layers = insert_copies(loops, method, mlp_sites, LoopMoELayer)
-    loop = replace(ours, name=f"{ours.name}, loop", run=routed(loops), modules=(layers,))
+    loop = replace(ours, name=f"{name}, loop", run=routed(loops), modules=(layers,))
     least = Variant(
         name=own_floor, run=floor(backbone, mlp_sites), passes=("step",), step_base=own_floor
     )

@@ -25,6 +25,7 @@ IMAGE = 224
 TARGETS = ("q_proj", "v_proj", "fc1", "fc2")
 """Linears that get a LoRA."""
 WIDTH, MLP, HEADS = 768, 3072, 12
+END_TOKEN = 1023
 LABELS = LabelSpace(classes=("a", "b"))
 FindSites = Callable[[DualEncoder], list[Site]]
 
@@ -59,7 +60,12 @@ def build(settings: Settings, layers: int, *, patch: int = 16, text_layers: int 
             "image_size": IMAGE,
             "patch_size": patch,
         },
-        text_config={"num_hidden_layers": text_layers, "vocab_size": 1024, "eos_token_id": 1023},
+        text_config={
+            "num_hidden_layers": text_layers,
+            "vocab_size": 1024,
+            "bos_token_id": 1022,
+            "eos_token_id": END_TOKEN,
+        },
     )
     torch.manual_seed(settings.seed)
     model = CLIPModel(config).to(settings.device, settings.torch_dtype)

@@ -1,0 +1,49 @@
+"""Regret, and fitting the dispatcher's thresholds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from evolora.bench.layer import Shape
+from evolora.bench.route import PASSES, Timed, fitted, grid
+from evolora.experts.dispatch import Thresholds
+
+START = Thresholds()
+SAMPLE = Shape(experts=64, r=16, k=2, tokens=1, batch=64)
+
+
+def timed(shape: Shape, **seconds: float) -> Timed:
+    slow = dict.fromkeys(shape.formulations, 9.0)
+    return Timed(shape, {(f, p): s for f, s in {**slow, **seconds}.items() for p in PASSES})
+
+
+def test_regret_is_the_choice_s_time_over_the_fastest_one_s() -> None:
+    one = timed(SAMPLE, stacked=3.0, segments=2.0)
+    assert one.choice(START) == "stacked"  # e * r = 1024
+    assert one.fastest("step") == "segments"
+    assert one.regret(START, "step") == pytest.approx(1.5)
+    assert timed(SAMPLE, stacked=1.0).regret(START, "forward") == 1.0
+
+
+def test_fitting_moves_the_threshold_that_costs_time() -> None:
+    small = timed(replace(SAMPLE, experts=8), stacked=1.0)
+    large = timed(SAMPLE, grouped=1.0, segments=1.0, stacked=3.0)
+    after = fitted([small, large], START)
+    assert 128 <= after.stacked_max_rows_single < 1024
+    assert all(one.regret(after, which) == 1.0 for one in (small, large) for which in PASSES)
+
+
+def test_fitting_leaves_alone_what_gains_nothing() -> None:
+    assert fitted([timed(SAMPLE, stacked=1.0)], START) == START
+    assert fitted([], START) == START
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_grid_meets_every_formulation_and_both_kinds_of_route(quick: bool) -> None:
+    shapes = grid(quick=quick)
+    assert {shape.per_token for shape in shapes} == {False, True}
+    assert len(set(shapes)) == len(shapes)
+    chosen = {timed(shape).choice(START) for shape in shapes}
+    assert {"gather", "stacked"} <= chosen and chosen & {"segments", "grouped"}

@@ -8,12 +8,32 @@ A bank knows nothing of tasks: rows are experts, identified by 0..e-1 in order o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evolora.errors import ConfigError
+
+
+class Listed:
+    """Python's copy of an index tensor, read again only when the tensor has changed.
+
+    Reading a tensor makes the host wait for a GPU, so a forward pass must not do it every time.
+    """
+
+    def __init__(self) -> None:
+        self._values: list[int] = []
+        self._seen: tuple[Tensor | None, int] = (None, 0)
+
+    def __call__(self, tensor: Tensor) -> list[int]:
+        known, version = self._seen
+        if known is not tensor or version != tensor._version:
+            self._values = tensor.tolist()
+            self._seen = (tensor, tensor._version)
+        return self._values
 
 
 class GrowingStack(nn.Module):
@@ -36,9 +56,14 @@ class GrowingStack(nn.Module):
         self.register_buffer("frozen", torch.empty(0, *shape, device=device))
         # An index, not a value: it is read by Python, so it is real even where weights are shapes.
         self.register_buffer("slot", torch.empty(0, dtype=torch.long, device="cpu"))
+        self._listed = Listed()
 
     def __len__(self) -> int:
         return int(self.slot.shape[0])
+
+    def places(self) -> list[int]:
+        """Return the place of every row, by identifier: first the frozen ones, then the others."""
+        return self._listed(self.slot)
 
     def grow(self, rows: Tensor) -> None:
         """Append trainable rows (n, *shape)."""
@@ -88,18 +113,60 @@ class GrowingStack(nn.Module):
         return [row for row, place in enumerate(self.slot.tolist()) if place < count]
 
     def take(self, ids: Tensor) -> Tensor:
-        """Return rows ``ids`` (shape s) as (*s, *shape); gradients reach trainable rows only."""
+        """Return rows ``ids`` (shape s) as (*s, *shape); gradients reach trainable rows only.
+
+        The cost is that of the rows taken, however many there are in the stack.
+        """
+        place, count = self.slot[ids], self.frozen.shape[0]
         if self.active.shape[0] == 0:
-            return self.frozen[self.slot[ids]]
-        if self.frozen.shape[0] == 0:
-            return self.active[self.slot[ids]]
-        return torch.cat([self.frozen, self.active])[self.slot[ids]]
+            return _gather(self.frozen, place)
+        if count == 0:
+            return _gather(self.active, place)
+        old = _gather(self.frozen, place.clamp(max=count - 1))
+        new = _gather(self.active, (place - count).clamp(min=0))
+        is_new = (place >= count).view(*place.shape, *[1] * len(self.shape))
+        return torch.where(is_new, new, old)
+
+    def part(self, places: Sequence[int]) -> Tensor:
+        """Return rows by ascending places, all of them frozen or all trainable: a view if possible.
+
+        Places are known to Python, so nothing is looked up on the device.
+        """
+        count = self.frozen.shape[0]
+        rows, start = (self.frozen, 0) if places[-1] < count else (self.active, count)
+        first, last = places[0] - start, places[-1] - start + 1
+        if last - first == len(places):
+            return rows if len(places) == len(rows) else rows[first:last]
+        return torch.cat([rows[place - start : place - start + 1] for place in places])
 
     def all(self) -> Tensor:
         """Return every row in the order of the identifiers, (e, *shape)."""
         if self.frozen.shape[0] == 0:
             return self.active
         return torch.cat([self.frozen, self.active])[self.slot]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Several experts as one pair of matrices, of all samples or (with an axis b) of each sample.
+
+    Args:
+        a: (R, d_in) or (b, R, d_in), the experts' A below one another, R = k r.
+        b: (R, d_out) or (b, R, d_out).
+        down_bias: (R) or (b, R), or None.
+        up_bias: (k, d_out) or (b, k, d_out), or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Return the same factors in the type the site computes in."""
+        down = None if self.down_bias is None else self.down_bias.to(dtype)
+        up = None if self.up_bias is None else self.up_bias.to(dtype)
+        return Factors(self.a.to(dtype), self.b.to(dtype), down, up)
 
 
 class ExpertBank(nn.Module):
@@ -166,6 +233,47 @@ class ExpertBank(nn.Module):
         """Return the identifiers of frozen experts, ascending."""
         return self.A.frozen_ids()
 
+    def taken(self, ids: Tensor) -> Factors:
+        """Return the factors of experts ``ids`` (k) or, for each sample its own, (b, k)."""
+        return self._factors(lambda stack: stack.take(ids), start=ids.dim() - 1)
+
+    def split(self, ids: Sequence[int]) -> list[tuple[list[int], Factors]]:
+        """Return the frozen and the trainable ones of ``ids``: (positions in ids, factors) of each.
+
+        Raises:
+            ConfigError: the bank has no such expert.
+        """
+        places, count = self.A.places(), self.A.frozen.shape[0]
+        wrong = [expert for expert in ids if not 0 <= expert < len(places)]
+        if wrong:
+            raise ConfigError(f"no expert {wrong[0]}: the bank has {len(places)}, from 0")
+        order = sorted(range(len(ids)), key=lambda position: places[ids[position]])
+        old = [position for position in order if places[ids[position]] < count]
+        new = order[len(old) :]
+        return [(part, self._part([places[ids[p]] for p in part])) for part in (old, new) if part]
+
+    def whole(self) -> list[tuple[slice, Factors]]:
+        """Return (places, factors) of all frozen and of all trainable experts, without a copy."""
+        count, total = self.A.frozen.shape[0], len(self)
+        spans = [slice(0, count), slice(count, total)]
+        return [
+            (span, self._part(range(span.start, span.stop)))
+            for span in spans
+            if span.stop > span.start
+        ]
+
+    def _part(self, places: Sequence[int]) -> Factors:
+        return self._factors(lambda stack: stack.part(places), start=0)
+
+    def _factors(self, rows: Callable[[GrowingStack], Tensor], start: int) -> Factors:
+        """Lay the experts' matrices, found by ``rows``, below one another from axis ``start``."""
+        return Factors(
+            a=rows(self.A).flatten(start, start + 1),
+            b=rows(self.B).flatten(start, start + 1),
+            down_bias=rows(self.down_bias).flatten(start, start + 1) if self.down_bias else None,
+            up_bias=rows(self.up_bias) if self.up_bias else None,
+        )
+
     def flops(self, tokens: int, active: int) -> int:
         """Return the FLOPs that ``active`` experts add to a row of ``tokens`` tokens."""
         return 2 * tokens * active * self.r * (self.d_in + self.d_out)
@@ -173,6 +281,12 @@ class ExpertBank(nn.Module):
     def parameters_per_expert(self) -> int:
         """Return the number of values one expert stores."""
         return sum(math.prod(stack.shape) for stack in self.stacks())
+
+
+def _gather(rows: Tensor, places: Tensor) -> Tensor:
+    """Return rows[places]; as an embedding its gradient is summed in a fixed order."""
+    taken = F.embedding(places, rows.flatten(1))
+    return taken.unflatten(-1, rows.shape[1:])
 
 
 def _parameter(rows: Tensor) -> nn.Parameter:

@@ -5,34 +5,39 @@
 All formulations accumulate onto the base output (no full-size temporary per expert) and multiply
 by the gates in the r-dimensional space, where autograd keeps almost nothing.
 
-| formulation | for | cost |
+| formulation | what it does | its cost |
 |---|---|---|
-| shared  | every row has the same experts (ids has one row)   | two thin matmuls |
-| gather  | a route per sample, n >= 16 tokens or few experts   | independent of the pool size e |
-| stacked | one token per sample, or nearly all experts active | grows with e * r |
+| shared   | two thin products, the same experts for every row | those experts |
+| gather   | a batched product with each sample's own factors | independent of the pool size e |
+| stacked  | two thin products over the whole pool, most gates zero | grows with e * r |
+| grouped  | rows sorted by expert, one ``grouped_mm`` | copies x and out k times |
+| segments | rows sorted by expert, one product per expert | one small product per expert |
+
+:mod:`evolora.experts.dispatch` has the rule that picks. Frozen and trainable experts are multiplied
+apart, so that no formulation computes a gradient for a frozen one or copies the bank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from evolora.errors import ConfigError
-from evolora.experts.bank import ExpertBank
-from evolora.experts.dispatch import Formulation
+from evolora.errors import ConfigError, unknown_name
+from evolora.experts.accumulate import accumulate, may_overwrite
+from evolora.experts.bank import ExpertBank, Factors
+from evolora.experts.dispatch import FORMULATIONS, Formulation, choose, thresholds_for
+from evolora.experts.segments import add_sorted
 from evolora.randomness import StepRandom
-
-GATHER_MIN_TOKENS = 16
-"""Below so many tokens per route, a batched matmul degenerates to matrix-vector products."""
-STACKED_MAX_ROWS = 1024
-"""Up to e * r rows, one stacked product beats a gather for single-token inputs (CPU, fp32)."""
 
 
 def mix(
     out: Tensor,
     x: Tensor,
     bank: ExpertBank,
-    ids: Tensor,
+    ids: Tensor | Sequence[int],
     gates: Tensor | None = None,
     *,
     dropout: float = 0.0,
@@ -43,71 +48,207 @@ def mix(
 ) -> Tensor:
     """Return ``out`` plus the gated sum of the experts ``ids`` applied to ``x``.
 
+    Everything is computed in the type of ``out``.
+
     Args:
-        out: (b, n, d_out) base output; not modified.
+        out: (b, n, d_out) base output.
         x: (b, n, d_in) input of the experts.
         bank: experts of this site.
-        ids: (b, k) expert per row, or (1, k) when all rows share them.
-        gates: same shape as ``ids``; a gate of 0 silences its expert.
-        dropout: probability of zeroing a bottleneck unit; needs ``random``, off without it.
+        ids: (b, k) expert per sample, (b, n, k) per token, or (1, k) when all rows share them. A
+            sequence of numbers is shared by all rows and, known to Python, looked up for free.
+        gates: same shape as ``ids`` (also (b, k) for shared ones); None for ones. A gate of 0
+            silences its expert.
+        dropout: probability of zeroing a bottleneck unit; needs ``random``, off without it. The
+            experts of a row must then differ.
         random: randomness of the step.
         key: name under which this site draws.
         formulation: "auto" applies the dispatch rule; the others force one form.
+        inplace: ``out`` belongs to nobody else and may be overwritten (where autograd allows it).
+
+    Raises:
+        ConfigError: shapes that do not fit, or a formulation that cannot serve such ids.
     """
-    if gates is None:
-        gates = torch.ones(ids.shape, dtype=x.dtype, device=x.device)
-    chosen = choose(bank, x, ids) if formulation == "auto" else formulation
-    if chosen == "shared" and ids.shape[0] != 1:
-        raise ConfigError(f"'shared' needs one row of expert ids; got {ids.shape[0]}")
-    if chosen == "stacked":
-        ids, gates = _dense(ids, gates, len(bank))
-    if chosen != "gather":
-        a, b = bank.A.take(ids[0]).flatten(0, 1), bank.B.take(ids[0]).flatten(0, 1)
-        hidden = x @ a.T
-    else:
-        a, b = bank.A.take(ids).flatten(1, 2), bank.B.take(ids).flatten(1, 2)
-        hidden = torch.bmm(x, a.transpose(1, 2))
-    hidden = _bottleneck(hidden, bank, ids, dropout, random, key)
-    weight = gates * bank.scale
-    hidden = hidden * weight.repeat_interleave(bank.r, dim=1).unsqueeze(1)
-    if b.dim() == 3:
-        mixed = torch.baddbmm(out, hidden, b)
-    else:
-        mixed = torch.addmm(out.flatten(0, 1), hidden.flatten(0, 1), b).view_as(out)
-    if bank.up_bias is not None:
-        mixed = mixed + torch.einsum("bk,bkd->bd", weight, bank.up_bias.take(ids)).unsqueeze(1)
-    return mixed
+    k = ids.shape[-1] if isinstance(ids, Tensor) else len(ids)
+    _check(out, x, ids, gates, formulation)
+    if k == 0:
+        return out
+    x = x.to(out.dtype)
+    keep = None
+    if dropout > 0.0 and random is not None:
+        shape = (*x.shape[:2], k * bank.r)
+        keep = random.keep_mask(f"{key}/dropout", shape, dropout, x).unflatten(-1, (k, bank.r))
+    weights = None if gates is None else gates.to(out.dtype)
+    overwrite = inplace and may_overwrite(out)
+    form = formulation
+    if form == "auto":
+        form = _choose(x, bank, ids, k)
+    if not isinstance(ids, Tensor):
+        if form == "shared":
+            return _listed(out, x, bank, ids, weights, keep, overwrite)
+        ids = torch.tensor(ids, device=x.device).unsqueeze(0)
+    if form == "shared":
+        factors = bank.taken(ids[0]).to(out.dtype)
+        return _add(out, x, bank, factors, weights, keep, overwrite)
+    if ids.dim() == 2:
+        ids = ids.expand(len(x), k)
+    if weights is not None:
+        weights = weights.expand(ids.shape)
+    shape = out.shape
+    if ids.dim() == 3:  # a route per token is a route per sample of one token
+        out, x, ids = _rows(out), _rows(x), ids.flatten(0, 1)
+        weights = None if weights is None else weights.flatten(0, 1)
+        keep = None if keep is None else _rows(keep)
+    if form == "gather":
+        factors = bank.taken(ids).to(out.dtype)
+        return _add(out, x, bank, factors, weights, keep, overwrite).view(shape)
+    if form == "stacked":
+        return _stacked(out, x, bank, ids, weights, keep, overwrite).view(shape)
+    grouped = form == "grouped"
+    return add_sorted(
+        out, x, bank, ids, weights, keep, grouped=grouped, inplace=overwrite
+    ).view(shape)  # fmt: skip
 
 
-def choose(bank: ExpertBank, x: Tensor, ids: Tensor) -> Formulation:
-    """Return the formulation for this shape (CPU thresholds; docs/architecture.md has the rule)."""
-    if ids.shape[0] == 1:
+def _choose(x: Tensor, bank: ExpertBank, ids: Tensor | Sequence[int], k: int) -> Formulation:
+    if not isinstance(ids, Tensor):
         return "shared"
-    tokens = x.shape[1]
-    if tokens < GATHER_MIN_TOKENS and len(bank) * bank.r <= STACKED_MAX_ROWS:
-        return "stacked"
-    return "gather"
+    return choose(
+        len(bank),
+        bank.r,
+        ids.shape[0],
+        x.shape[1],
+        k,
+        per_token=ids.dim() == 3,
+        thresholds=thresholds_for(x.device.type),
+    )
 
 
-def _bottleneck(
-    hidden: Tensor,
+def _listed(
+    out: Tensor,
+    x: Tensor,
+    bank: ExpertBank,
+    ids: Sequence[int],
+    weights: Tensor | None,
+    keep: Tensor | None,
+    overwrite: bool,
+) -> Tensor:
+    """Add experts that all rows share and Python knows: a product for each part of the bank."""
+    for positions, factors in bank.split(ids):
+        part = None if weights is None else _columns(weights, positions, 1)
+        kept = None if keep is None else _columns(keep, positions, 2)
+        out = _add(out, x, bank, factors.to(out.dtype), part, kept, overwrite)
+        overwrite = overwrite or may_overwrite(out)  # from the second part on, it is ours
+    return out
+
+
+def _stacked(
+    out: Tensor,
+    x: Tensor,
     bank: ExpertBank,
     ids: Tensor,
-    dropout: float,
-    random: StepRandom | None,
-    key: str,
+    weights: Tensor | None,
+    keep: Tensor | None,
+    overwrite: bool,
 ) -> Tensor:
-    """Apply down bias, activation and dropout in the r-dimensional space."""
-    if bank.down_bias is not None:
-        hidden = hidden + bank.down_bias.take(ids).flatten(1, 2).unsqueeze(1)
+    """Run every expert on every row; those that were not chosen have a gate of zero."""
+    places = bank.A.slot[ids]
+    if weights is None:
+        weights = x.new_ones(()).expand(places.shape)
+    dense = x.new_zeros(len(x), len(bank)).scatter_add(1, places, weights)
+    kept = None
+    if keep is not None:
+        index = places[:, None, :, None].expand_as(keep)
+        kept = keep.new_zeros(*x.shape[:2], len(bank), bank.r).scatter(2, index, keep)
+    for span, factors in bank.whole():
+        part = None if kept is None else kept[:, :, span]
+        out = _add(out, x, bank, factors.to(out.dtype), dense[:, span], part, overwrite)
+        overwrite = overwrite or may_overwrite(out)
+    return out
+
+
+def _add(
+    out: Tensor,
+    x: Tensor,
+    bank: ExpertBank,
+    factors: Factors,
+    weights: Tensor | None,
+    keep: Tensor | None,
+    overwrite: bool,
+) -> Tensor:
+    """Return out + scale * sum over the factors' experts; weights (b, k) or (1, k)."""
+    if factors.a.dim() == 2:
+        hidden = F.linear(x, factors.a, factors.down_bias)
+    elif factors.down_bias is None:
+        hidden = torch.bmm(x, factors.a.mT)
+    else:
+        hidden = torch.baddbmm(factors.down_bias.unsqueeze(1), x, factors.a.mT)
     if bank.activation == "relu":
         hidden = torch.relu(hidden)
-    if dropout > 0.0 and random is not None:
-        hidden = hidden * random.keep_mask(f"{key}/dropout", tuple(hidden.shape), dropout, hidden)
-    return hidden
+    if keep is not None:
+        hidden = hidden * keep.flatten(2)
+    if weights is not None:
+        scaled = weights * bank.scale
+        wide = scaled.unsqueeze(-1).expand(*scaled.shape, bank.r).flatten(1)
+        hidden = hidden * wide.unsqueeze(1)
+    elif bank.scale != 1.0:
+        hidden = hidden * bank.scale
+    row = None
+    if factors.up_bias is not None:
+        row = _up_bias(factors.up_bias, weights, bank.scale)
+    return accumulate(out, hidden, factors.b, row, inplace=overwrite)
 
 
-def _dense(ids: Tensor, gates: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return ids (1, e) and gates (b, e) that say the same with every expert listed."""
-    full = torch.zeros(ids.shape[0], experts, dtype=gates.dtype, device=gates.device)
-    return torch.arange(experts, device=ids.device).unsqueeze(0), full.scatter_add(1, ids, gates)
+def _up_bias(bias: Tensor, weights: Tensor | None, scale: float) -> Tensor:
+    """Return what the up biases (k, d) or (b, k, d) add to every token: (1, d) or (b, d)."""
+    if weights is None:
+        total = bias.sum(dim=-2) * scale
+        return total if total.dim() == 2 else total.unsqueeze(0)
+    scaled = weights * scale
+    if bias.dim() == 2:
+        return scaled @ bias
+    return torch.bmm(scaled.unsqueeze(1), bias).squeeze(1)
+
+
+def _columns(values: Tensor, positions: list[int], dim: int) -> Tensor:
+    """Return values at ``positions`` of an axis, without asking the device."""
+    first, count = positions[0], len(positions)
+    if positions == list(range(first, first + count)):
+        return values.narrow(dim, first, count)
+    return torch.cat([values.narrow(dim, position, 1) for position in positions], dim)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(b, n, ...) -> (b n, 1, ...)."""
+    return values.flatten(0, 1).unsqueeze(1)
+
+
+def _check(
+    out: Tensor,
+    x: Tensor,
+    ids: Tensor | Sequence[int],
+    gates: Tensor | None,
+    formulation: Formulation,
+) -> None:
+    if formulation not in FORMULATIONS:
+        raise unknown_name("formulation", formulation, FORMULATIONS)
+    if x.dim() != 3 or out.shape[:2] != x.shape[:2]:
+        raise ConfigError(
+            f"experts need x (b, n, d_in) and out (b, n, d_out); "
+            f"got {tuple(x.shape)} and {tuple(out.shape)}"
+        )
+    if not isinstance(ids, Tensor):
+        shape: tuple[int, ...] = (1, len(ids))
+    else:
+        shape = tuple(ids.shape)
+        rows, tokens = x.shape[:2]
+        if not (len(shape) == 2 and shape[0] in (1, rows)) and shape[:-1] != (rows, tokens):
+            raise ConfigError(
+                f"expert ids must be (1, k), ({rows}, k) or ({rows}, {tokens}, k); got {shape}"
+            )
+        if formulation == "shared" and (len(shape) == 3 or shape[0] != 1):
+            raise ConfigError(f"'shared' needs one row of expert ids; got {shape}")
+    if gates is None or tuple(gates.shape) == shape:
+        return
+    if len(shape) == 2 and shape[0] == 1 and tuple(gates.shape) == (len(x), shape[1]):
+        return
+    raise ConfigError(f"gates {tuple(gates.shape)} do not fit expert ids {shape}")

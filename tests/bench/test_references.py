@@ -54,9 +54,7 @@ def test_the_loop_over_a_bank_equals_the_definition(hit_only: bool, per_token: b
     ids = torch.multinomial(torch.ones(rows, 4), 2, generator=draw)
     gates = torch.rand(rows, 2, dtype=torch.float64, generator=draw)
     shape = (3, 7, 2) if per_token else (3, 2)
-    got = loop_over_experts(
-        out, x, held, ids.view(shape), gates.view(shape), hit_only=hit_only
-    )
+    got = loop_over_experts(out, x, held, ids.view(shape), gates.view(shape), hit_only=hit_only)
     wide = (3, 7, 2) if per_token else (3, 1, 2)
     a, b = held.A.all()[ids.view(wide)], held.B.all()[ids.view(wide)]
     hidden = torch.einsum("bnd,bmkrd->bnkr" if not per_token else "bnd,bnkrd->bnkr", x, a)

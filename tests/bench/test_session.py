@@ -20,7 +20,9 @@ def variant(name: str, run, reference: Tensor | None = None) -> Variant:
 
 def test_error_is_taken_against_float64_relative_to_the_largest_value() -> None:
     reference = torch.tensor([1.0, -4.0], dtype=torch.float64)
-    assert relative_error(torch.tensor([1.0, -4.0 + 4e-3]), reference) == pytest.approx(1e-3, rel=1e-3)
+    assert relative_error(torch.tensor([1.0, -4.0 + 4e-3]), reference) == pytest.approx(
+        1e-3, rel=1e-3
+    )
     tiny = torch.tensor([1.0, -4.0 + 1e-9], dtype=torch.float64)
     assert 0 < relative_error(tiny, reference) < 1e-9  # nothing is rounded to float32
 

@@ -89,7 +89,9 @@ class Case:
 
         def run(x: Tensor) -> Tensor:
             out = F.linear(x, self.weight)
-            return mix(out, x, self.bank, self.ids, self.gates, formulation=formulation, inplace=True)
+            return mix(
+                out, x, self.bank, self.ids, self.gates, formulation=formulation, inplace=True
+            )
 
         return run
 

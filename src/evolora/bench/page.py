@@ -77,8 +77,14 @@ def _goals(results: Sequence[Result]) -> str:
 
 
 def _section(result: Result, folder: Path) -> str:
-    lines = [f"## {result.bench}", "", BENCHES[result.bench][:1].upper()
-             + BENCHES[result.bench][1:] + ".", "", _machine(result), ""]
+    lines = [
+        f"## {result.bench}",
+        "",
+        BENCHES[result.bench][:1].upper() + BENCHES[result.bench][1:] + ".",
+        "",
+        _machine(result),
+        "",
+    ]
     for number, table in enumerate(table for table in result.tables if table.cells):
         lines += [f"### {table.title}", ""]
         if table.axis and len(table.columns) > 2:
@@ -132,7 +138,8 @@ def chart(table: Table) -> str:
         f'<g class="line s{line.style}"><path d="M{x} {y}h24"/></g>'
         f'<text class="tick" x="{x + 30}" y="{y + 4}">{escape(line.label)}</text>'
         for line, x, y in (
-            (line, 14 + 250 * (i % 2), CHART[1] + 10 + 18 * (i // 2)) for i, line in enumerate(lines)
+            (line, 14 + 250 * (i % 2), CHART[1] + 10 + 18 * (i // 2))
+            for i, line in enumerate(lines)
         )
     ]
     return (

@@ -89,7 +89,9 @@ class LoopMoELayer(ExpertLayer):
             self.experts.append(
                 nn.Sequential(_linear(a, a0, gone), nn.ReLU(), _linear(b.T, b0, gone))
             )
-        self.routers = nn.ParameterList([gate.detach().clone() for gate in layer.routers.gate.all()])
+        self.routers = nn.ParameterList(
+            [gate.detach().clone() for gate in layer.routers.gate.all()]
+        )
         self.scale, self.top_k = bank.scale, layer.config.top_k
 
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
@@ -102,7 +104,9 @@ class LoopMoELayer(ExpertLayer):
         rows = torch.nonzero(gates)[by_expert, 0]
         sizes = (gates > 0).sum(dim=0).tolist()
         parts = x[rows].split(sizes)
-        outputs = [expert(part) * self.scale for expert, part in zip(self.experts, parts, strict=True)]
+        outputs = [
+            expert(part) * self.scale for expert, part in zip(self.experts, parts, strict=True)
+        ]
         joined = torch.cat([part for part in outputs if part.shape[0]])
         weighted = joined * gates[rows, order][:, None, None]
         return out + torch.zeros_like(out).index_add(0, rows, weighted)

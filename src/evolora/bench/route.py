@@ -66,9 +66,7 @@ def measure(session: Session, *, fit: bool = False) -> None:
     if fit:
         after = fitted(timed, before)
         path = save_thresholds(kind, after)
-        changes = session.table(
-            f"thresholds of {kind}", ("before", "now"), note=f"kept in {path}"
-        )
+        changes = session.table(f"thresholds of {kind}", ("before", "now"), note=f"kept in {path}")
         for name, value in asdict(before).items():
             changes.put(name, before=f"{value:g}", now=f"{getattr(after, name):g}")
         show(session, timed, after, "with the fitted thresholds")

@@ -8,27 +8,22 @@ authors' code; what computes the same function is checked against one float64 lo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from evolora.backbones.clip import DualEncoder
-from evolora.bench.references import LoopLoRALayer, LoopMoELayer
 from evolora.bench.peft_tower import peft_hidden, peft_installed, peft_tower
+from evolora.bench.references import LoopLoRALayer, LoopMoELayer
 from evolora.bench.session import Session, rotated
-from evolora.bench.settings import Settings
 from evolora.bench.timing import Comparison, Variant
 from evolora.bench.towers import (
     TARGETS,
-    FindSites,
     build,
     expected,
     floor,
     hidden,
-    in_float64,
     insert_copies,
     learner,
     linear_sites,
@@ -37,15 +32,12 @@ from evolora.bench.towers import (
     routed,
     twin,
 )
-from evolora.experts.sites import ExpertLayer, Site
-from evolora.methods.base import Method
-from evolora.methods.lora import JointLoRA, JointLoRAConfig, LoRALayer
-from evolora.methods.moe_adapters import (
-    MoEAdapters,
-    MoEAdaptersConfig,
-    MoELayer,
-    OracleSelectorConfig,
-)
+from evolora.experts.bank import ExpertBank
+from evolora.experts.mixing import mix
+from evolora.experts.sites import ExpertLayer
+from evolora.methods.lora import JointLoRA, JointLoRAConfig, LoRAPerTask, LoRAPerTaskConfig
+from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig, OracleSelectorConfig
+from evolora.routing.route import Route
 
 R, EXPERTS, HIDDEN, TASKS = 16, 22, 64, 20
 LORA, PEFT, TUNED = f"LoRA r{R}", f"PEFT LoRA r{R}", "full fine-tuning"
@@ -162,9 +154,7 @@ def accumulated(
     for name, make in zip(names, (LoopLoRALayer, StackedLayer), strict=False):
         other = twin(backbone)
         layers = insert_copies(other, method, linear_sites, make)
-        made.append(
-            Variant(name=name, run=routed(other), modules=(layers,), reference=reference)
-        )
+        made.append(Variant(name=name, run=routed(other), modules=(layers,), reference=reference))
     return made
 
 

@@ -7,7 +7,7 @@ share one set of frozen weights: copies have their own modules and hooks, not th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -145,7 +145,9 @@ def insert_copies(
     """Let what ``make`` makes of the method's layers act in a backbone; return these layers."""
     layers = nn.ModuleList()
     for site in sites(backbone):
-        layer = make(method.layers[site.key]).to(backbone.device, next(backbone.model.parameters()).dtype)
+        layer = make(method.layers[site.key]).to(
+            backbone.device, next(backbone.model.parameters()).dtype
+        )
         backbone.host.insert(site, layer)
         layers.append(layer)
     return layers

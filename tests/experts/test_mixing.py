@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
-from evolora.experts.mixing import GATHER_MIN_TOKENS, STACKED_MAX_ROWS, choose, mix
+from evolora.experts.mixing import mix
 from evolora.randomness import StepRandom
 
 D_IN, D_OUT, R, TOKENS = 5, 4, 3, 6

@@ -27,6 +27,12 @@ def may_overwrite(out: Tensor) -> bool:
     return out.is_contiguous()
 
 
+def apply(function: Any, *arguments: Any) -> Tensor:
+    """Return ``function.apply(...)`` of an autograd function with one result."""
+    result: Tensor = function.apply(*arguments)
+    return result
+
+
 def accumulate(
     out: Tensor, hidden: Tensor, b: Tensor, row: Tensor | None = None, *, inplace: bool = False
 ) -> Tensor:
@@ -41,8 +47,7 @@ def accumulate(
     """
     if inplace:
         if torch.is_grad_enabled():
-            result: Tensor = _Accumulate.apply(out, hidden, b, row)
-            return result
+            return apply(_Accumulate, out, hidden, b, row)
         return _add_(out, hidden, b, row)
     if b.dim() == 3:
         result = torch.baddbmm(out, hidden, b)

@@ -106,7 +106,7 @@ def save_thresholds(device: str, thresholds: Thresholds, path: Path | None = Non
     table[device] = thresholds
     values = {name: asdict(entry) for name, entry in table.items()}
     write_json(path, {"format_version": 1, "thresholds": values})
-    _fitted.cache_clear()
+    thresholds_for.cache_clear()
     return path
 
 
@@ -122,16 +122,15 @@ def load_thresholds(path: Path) -> dict[str, Thresholds]:
     return {device: _checked(path, device, values) for device, values in table.items()}
 
 
+@lru_cache(maxsize=8)
 def thresholds_for(device: str) -> Thresholds:
-    """Return the thresholds of a type of device: fitted ones if there are any, else defaults."""
+    """Return the thresholds of a type of device: fitted ones if there are any, else defaults.
+
+    The user's file is read once per process, and again after :func:`save_thresholds`.
+    """
     path = thresholds_file()
-    fitted = _fitted(path) if path.exists() else {}
+    fitted = load_thresholds(path) if path.exists() else {}
     return fitted.get(device) or DEFAULTS.get(device, DEFAULTS["cuda"])
-
-
-@lru_cache(maxsize=4)
-def _fitted(path: Path) -> dict[str, Thresholds]:
-    return load_thresholds(path)
 
 
 def _checked(path: Path, device: str, values: Any) -> Thresholds:

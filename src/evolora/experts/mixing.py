@@ -75,8 +75,9 @@ def mix(
     x = x.to(out.dtype)
     keep = None
     if dropout > 0.0 and random is not None:
-        shape = (*x.shape[:2], k * bank.r)
-        keep = random.keep_mask(f"{key}/dropout", shape, dropout, x).unflatten(-1, (k, bank.r))
+        b, n = x.shape[:2]
+        mask = random.keep_mask(f"{key}/dropout", (b, n, k * bank.r), dropout, x)
+        keep = mask.view(b, n, k, bank.r)
     weights = None if gates is None else gates.to(out.dtype)
     overwrite = inplace and may_overwrite(out)
     form = formulation

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from evolora.experts.accumulate import apply
 from evolora.experts.bank import ExpertBank, GrowingStack
 
 ALIGNMENT = 16
@@ -54,7 +55,7 @@ def add_sorted(
     widths = (bank.d_in, bank.d_out)
     kind = _Grouped if grouped and _takes_grouped(x.device, x.dtype, widths) else _Segments
     plan = kind(bank, ids, x.shape[1])
-    hidden: Tensor = _Down.apply(x.flatten(0, 1), *_parts(bank.A, x.dtype), plan)
+    hidden = apply(_Down, x.flatten(0, 1), *_parts(bank.A, x.dtype), plan)
     if bank.down_bias is not None:
         hidden = hidden + plan.per_token(bank.down_bias.take(plan.expert).to(x.dtype))
     if bank.activation == "relu":
@@ -70,7 +71,7 @@ def add_sorted(
         out = out + _up_bias(bank.up_bias.take(ids).to(x.dtype), gates, bank.scale)
     elif not inplace:
         out = out.clone()
-    result: Tensor = _Up.apply(out.flatten(0, 1), hidden, *_parts(bank.B, x.dtype), plan)
+    result = apply(_Up, out.flatten(0, 1), hidden, *_parts(bank.B, x.dtype), plan)
     return result.view(out.shape)
 
 

@@ -3,7 +3,8 @@
 A stock ``transformers`` model is never subclassed, rewritten or wrapped: a site is one or two
 forward hooks. Its state dict, its module tree and its weights stay what they were.
 
-* ``linear``: experts see a Linear's input and add to its output (LoRA).
+* ``linear``: experts see a Linear's input and add to its output (LoRA). Those that need no gradient
+  may be folded into the weight: the Linear then runs with a merged one (see experts/merge.py).
 * ``mlp``: experts see the residual stream before the MLP's LayerNorm and add to the MLP's output:
   y = h + MLP(LN(h)) + E(h)   (MoE-Adapters, section 3.2 of arXiv 2403.11549).
 
@@ -19,10 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from evolora.errors import RouteError
+from evolora.experts.bank import ExpertBank
+from evolora.experts.dispatch import Formulation, thresholds_for
+from evolora.experts.merge import AlwaysOn, FoldCache
 from evolora.routing.route import Route
 
 SiteKind = Literal["linear", "mlp"]
@@ -58,29 +63,65 @@ class Site:
 
 
 class ExpertLayer(nn.Module):
-    """What stands at a site: from its input, its base output and the route to the new output."""
+    """What stands at a site: from its input, its base output and the route to the new output.
+
+    Attributes:
+        formulation: forces one form of :func:`evolora.experts.mixing.mix`, where "auto" picks.
+    """
+
+    formulation: Formulation = "auto"
 
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
-        """Return the new output (b, n, d_out); never called with a row that the base answers."""
+        """Return the new output (b, n, d_out); never called with a row that the base answers.
+
+        ``out`` belongs to the layer: it may be overwritten.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+
+class FoldableLayer(ExpertLayer):
+    """A layer of linear experts, some of which a host may fold into the weight of their Linear."""
+
+    bank: ExpertBank
+
+    def always_on(self, route: Route) -> AlwaysOn | None:
+        """Return experts that answer every row of the route with constant gates, or None."""
+        raise TypeError(f"{type(self).__name__} must define always_on")
+
+    def forward(
+        self, x: Tensor, out: Tensor, route: Route, folded: frozenset[int] = frozenset()
+    ) -> Tensor:
+        """Return the new output; experts ``folded`` are in ``out`` already."""
         raise TypeError(f"{type(self).__name__} must define forward")
 
 
 class SiteHost:
-    """Inserts expert layers at sites and hands each tower its route."""
+    """Inserts expert layers at sites and hands each tower its route.
+
+    Attributes:
+        enabled: False runs the untouched base model; see :meth:`disabled`.
+        merging: whether experts may be folded into the weights of their Linears.
+    """
 
     def __init__(self) -> None:
         self.enabled = True
+        self.merging = True
         self._routes: dict[str, Route] = {}
         self._handles: list[RemovableHandle] = []
+        self._linears: list[_LinearSite] = []
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes of all folded weights kept now."""
+        return sum(linear.folds.nbytes for linear in self._linears if linear.folds)
 
     def insert(self, site: Site, layer: ExpertLayer) -> None:
         """Let ``layer`` add to ``site`` from the next forward on."""
         if site.norm is None:
-
-            def add(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-                return self._run(site, layer, args[0], out)
-
-            self._handles.append(site.module.register_forward_hook(add))
+            linear = _LinearSite(self, site, layer)
+            self._linears.append(linear)
+            self._handles.append(site.module.register_forward_pre_hook(linear.before))
+            self._handles.append(site.module.register_forward_hook(linear.after, always_call=True))
             return
         seen: list[Tensor] = []
 
@@ -89,8 +130,8 @@ class SiteHost:
             if self._wanted(site):
                 seen.append(args[0])
 
-        def beside(_: nn.Module, __: tuple[Any, ...], out: Tensor) -> Tensor:
-            return self._run(site, layer, seen.pop(), out) if seen else out
+        def beside(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            return self._run(site, layer, seen.pop(), _own(out, args)) if seen else out
 
         self._handles.append(site.norm.register_forward_pre_hook(remember))
         self._handles.append(site.module.register_forward_hook(beside))
@@ -99,7 +140,10 @@ class SiteHost:
         """Take every expert layer out again; the model is as it was before the first insert."""
         for handle in self._handles:
             handle.remove()
+        for linear in self._linears:
+            linear.restore()
         self._handles.clear()
+        self._linears.clear()
         self._routes.clear()
 
     def set_route(self, tower: str, route: Route) -> None:
@@ -125,14 +169,85 @@ class SiteHost:
             )
         return not self._routes[site.tower].nobody
 
-    def _run(self, site: Site, layer: ExpertLayer, x: Tensor, out: Tensor) -> Tensor:
+    def _run(
+        self,
+        site: Site,
+        layer: ExpertLayer,
+        x: Tensor,
+        out: Tensor,
+        folded: frozenset[int] = frozenset(),
+    ) -> Tensor:
         if not self._wanted(site):
             return out
         route = self._routes[site.tower]
         if route.rows != out.shape[0]:
             raise RouteError(f"site {site.name!r} got {out.shape[0]} rows, its route {route.rows}")
         if route.everybody:
-            result: Tensor = layer(x, out, route)
+            result: Tensor = layer(x, out, route, folded) if folded else layer(x, out, route)
             return result
         rows = route.active
         return out.index_copy(0, rows, layer(x[rows], out[rows], route.of_active))
+
+    def _foldable(self, site: Site, layer: ExpertLayer, x: Tensor) -> AlwaysOn | None:
+        """Return the experts of this forward that answer all rows, if folding is allowed now.
+
+        A compiler or a CUDA graph would keep the weight of one moment for ever.
+        """
+        if not self.merging or not isinstance(layer, FoldableLayer):
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        if not self._wanted(site) or not self._routes[site.tower].everybody:
+            return None
+        return layer.always_on(self._routes[site.tower])
+
+
+class _LinearSite:
+    """The hooks of one Linear: before it, experts are folded; after it, the others are added.
+
+    A folded weight shadows the parameter as a plain attribute of the instance while the Linear
+    runs. The parameter itself stays where it was, so state dict, parameters and device moves never
+    see anything else.
+    """
+
+    def __init__(self, host: SiteHost, site: Site, layer: ExpertLayer) -> None:
+        self.host, self.site, self.layer = host, site, layer
+        self.folds: FoldCache | None = None
+        if isinstance(layer, FoldableLayer) and isinstance(site.module, nn.Linear):
+            self.folds = FoldCache(site.module, layer.bank)
+        self.folded: frozenset[int] = frozenset()
+
+    def before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.restore()  # after a forward that was interrupted
+        x: Tensor = args[0]
+        if self.folds is None or "weight" in self.site.module.__dict__:
+            return
+        wanted = self.host._foldable(self.site, self.layer, x)
+        experts = None if wanted is None else self.folds.foldable(wanted)
+        if experts is None or not experts.ids:
+            return
+        limit = thresholds_for(x.device.type).fold_min_tokens
+        weight = self.folds.weight(experts, x, limit)
+        if weight is not None:
+            self.site.module.__dict__["weight"] = weight
+            self.folded = frozenset(experts.ids)
+
+    def after(self, _: nn.Module, args: tuple[Any, ...], out: Tensor | None) -> Tensor | None:
+        folded = self.restore()
+        if out is None:  # the forward raised
+            return None
+        return self.host._run(self.site, self.layer, args[0], _own(out, args), folded)
+
+    def restore(self) -> frozenset[int]:
+        """Take a folded weight away; return the experts it held."""
+        if self.folded:
+            del self.site.module.__dict__["weight"]
+        folded, self.folded = self.folded, frozenset()
+        return folded
+
+
+def _own(out: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """Return an output that the experts may overwrite: an identity hands on what is not its own."""
+    return out.clone() if any(out is argument for argument in args) else out

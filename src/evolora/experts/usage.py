@@ -34,8 +34,8 @@ class UsageCounter(nn.Module):
         if forward is not None and forward is self._last:
             return
         self._last = forward
-        chosen = ids[gates != 0] if ids.shape == gates.shape else ids.flatten()
-        self.counts += torch.bincount(chosen.to(self.counts.device), minlength=self.counts.shape[0])
+        used = (gates != 0).to(self.counts)
+        self.counts.index_add_(0, ids.expand_as(used).flatten().to(used.device), used.flatten())
 
     def reset(self) -> None:
         """Forget all counts (done at the start of every task)."""

@@ -19,8 +19,9 @@ from torch import Tensor
 from evolora.backbones.base import Backbone
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
-from evolora.experts.mixing import mix
-from evolora.experts.sites import ExpertLayer, Site
+from evolora.experts.layers import SumLayer
+from evolora.experts.merge import AlwaysOn
+from evolora.experts.sites import Site
 from evolora.methods.base import Method, Routing
 from evolora.randomness import generator
 from evolora.registry import METHODS
@@ -76,7 +77,7 @@ class JointLoRAConfig(LoRAConfig):
     type: Literal["joint-lora"] = "joint-lora"
 
 
-class LoRALayer(ExpertLayer):
+class LoRALayer(SumLayer):
     """LoRA experts at one Linear; a row's task is its expert.
 
     Args:
@@ -85,21 +86,15 @@ class LoRALayer(ExpertLayer):
     """
 
     def __init__(self, site: Site, config: LoRAConfig, device: torch.device) -> None:
-        super().__init__()
-        self.name, self.dropout = site.name, config.lora_dropout
         scale = config.lora_alpha / config.r
-        self.bank = ExpertBank(site.d_in, site.d_out, config.r, scale=scale, device=device)
+        bank = ExpertBank(site.d_in, site.d_out, config.r, scale=scale, device=device)
+        super().__init__(bank, name=site.name, dropout=config.lora_dropout)
 
-    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
-        """Return out + (alpha / r) B A x of each row's expert."""
+    def experts(self, route: Route) -> AlwaysOn | tuple[Tensor, Tensor | None]:
+        """Return the task's expert."""
         if route.uniform is not None:
-            ids = torch.full((1, 1), route.uniform, device=x.device)
-        else:
-            ids = route.tasks.unsqueeze(1)
-        gates = torch.ones(ids.shape, dtype=x.dtype, device=x.device)
-        return mix(
-            out, x, self.bank, ids, gates, dropout=self.dropout, random=route.random, key=self.name
-        )
+            return AlwaysOn((route.uniform,))
+        return route.tasks.unsqueeze(1), None
 
     def flops(self, tokens: int) -> int:
         """Return the extra FLOPs of one row of ``tokens`` tokens."""

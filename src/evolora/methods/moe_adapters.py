@@ -198,6 +198,8 @@ class MoELayer(ExpertLayer):
             dropout=self.config.dropout,
             random=route.random,
             key=self.name,
+            formulation=self.formulation,
+            inplace=True,
         )
 
     def flops(self, tokens: int) -> int:

@@ -8,26 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolora.experts.bank import GrowingStack
+from evolora.experts.bank import GrowingStack, Listed
 from evolora.randomness import StepRandom
 
 NOISE_FLOOR = 0.01
 """Added to the softplus standard deviation of the gate noise."""
 
 
-def top_k_softmax(logits: Tensor, k: int, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def top_k_softmax(logits: Tensor, k: int, first: int | Tensor = 0) -> tuple[Tensor, Tensor]:
     """Return (ids, gates), both (b, k): softmax over the k largest logits of each row.
 
-    Ties are broken toward the smaller index, counted from ``first`` (b,) or (1,) on and around the
-    end, so that a fresh all-zero router is deterministic.
+    Ties are broken toward the smaller index, counted from ``first`` on and around the end, so that
+    a fresh all-zero router is deterministic.
+
+    Args:
+        logits: (b, e).
+        k: experts per row.
+        first: one number, or (b,) one per row.
     """
-    experts = logits.shape[-1]
-    if first is None:
-        first = torch.zeros(1, dtype=torch.long, device=logits.device)
-    turned = (torch.arange(experts, device=logits.device) + first.unsqueeze(1)) % experts
-    turned = turned.expand(logits.shape)
-    order = torch.sort(logits.gather(-1, turned), dim=-1, descending=True, stable=True)
-    ids = turned.gather(-1, order.indices[:, :k])
+    if isinstance(first, int):
+        turned = logits.roll(-first, dims=-1) if first else logits
+    else:
+        first = first.unsqueeze(1)
+        steps = torch.arange(logits.shape[-1], device=logits.device)
+        turned = logits.gather(-1, (steps + first) % logits.shape[-1])
+    order = torch.sort(turned, dim=-1, descending=True, stable=True)
+    ids = order.indices[:, :k]
+    if not isinstance(first, int) or first:
+        ids = (ids + first) % logits.shape[-1]
     return ids, torch.softmax(order.values[:, :k], dim=-1)
 
 
@@ -101,6 +109,7 @@ class TaskRouters(nn.Module):
         self.noise = GrowingStack(d, experts, device=device)
         for name in ("pool", "first"):
             self.register_buffer(name, torch.empty(0, dtype=torch.long, device="cpu"))
+        self._pool, self._first = Listed(), Listed()
 
     def __len__(self) -> int:
         return len(self.gate)
@@ -157,11 +166,7 @@ class TaskRouters(nn.Module):
             key: name under which this site draws its noise.
             chance: whether the chances of all experts are wanted too.
         """
-        clean = self._logits(self.gate, c, tasks, uniform)
-        rows = tasks if uniform is None else [uniform]
-        known, first = self.pool[rows].to(c.device), self.first[rows].to(c.device)
-        unknown = torch.arange(self.experts, device=c.device) >= known.unsqueeze(1)
-        clean = clean.masked_fill(unknown, float("-inf"))
+        clean, first = self._known(self._logits(self.gate, c, tasks, uniform), tasks, uniform)
         noisy, std = clean, None
         if random is not None:
             std = F.softplus(self._logits(self.noise, c, tasks, uniform)) + NOISE_FLOOR
@@ -173,8 +178,24 @@ class TaskRouters(nn.Module):
             return Gating(ids, gates, torch.zeros_like(clean).scatter(1, ids, 1.0))
         return Gating(ids, gates, prob_in_top_k(clean, noisy, std, self.k))
 
+    def _known(
+        self, logits: Tensor, tasks: Tensor, uniform: int | None
+    ) -> tuple[Tensor, int | Tensor]:
+        """Return logits without the experts a router does not know, and where its ties begin."""
+        if uniform is not None:  # numbers of Python's: nothing is looked up on the device
+            known = self._pool(self.pool)[uniform]
+            if known < self.experts:
+                logits = F.pad(logits[:, :known], (0, self.experts - known), value=float("-inf"))
+            return logits, self._first(self.first)[uniform]
+        known_of_row = self.pool.to(logits.device)[tasks].unsqueeze(1)
+        unknown = torch.arange(self.experts, device=logits.device) >= known_of_row
+        return logits.masked_fill(unknown, float("-inf")), self.first.to(logits.device)[tasks]
+
     @staticmethod
     def _logits(stack: GrowingStack, c: Tensor, tasks: Tensor, uniform: int | None) -> Tensor:
+        """Return c G of each row's router: of all routers at once, rather than copied per row."""
         if uniform is not None:
-            return c @ stack.take(torch.tensor(uniform, device=c.device))
-        return torch.bmm(c.unsqueeze(1), stack.take(tasks)).squeeze(1)
+            return c @ stack.part([stack.places()[uniform]]).squeeze(0)
+        parts = [rows for rows in (stack.frozen, stack.active) if len(rows)]
+        every = torch.cat([torch.matmul(c, rows) for rows in parts])  # (t, b, e)
+        return every[stack.slot[tasks], torch.arange(len(c), device=c.device)]

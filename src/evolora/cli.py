@@ -336,7 +336,7 @@ def bench(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time experts against the frozen base, full fine-tuning, PEFT and naive loops, side by side."""
+    """Time experts against the frozen base, full fine-tuning, PEFT and loops, side by side."""
     from evolora.bench.runner import names_of
 
     names = names_of(name)  # a wrong name need not wait for torch

@@ -85,7 +85,8 @@ def _pil_numpy(file: bytes) -> Tensor:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
     pixels = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32)
-    pixels = (pixels / 255.0 - np.float32(MEAN)) / np.float32(STD)
+    mean, std = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
+    pixels = (pixels / 255.0 - mean) / std
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 

@@ -64,7 +64,7 @@ def _fastest(
 ) -> float:
     function(value)
     stop = time.perf_counter() + 0.3
-    times = []
+    times: list[float] = []
     while not times or time.perf_counter() < stop:
         times.append(seconds(lambda: function(value)))
     return min(times)

@@ -160,14 +160,19 @@ def measure(session: Session) -> None:
     ratio = comparison.ratio(CHOSEN, "step")
     session.goal("token-step", ratio.median if ratio else None)
     for title, axis, shapes in sweeps(center, quick=s.quick):
-        made_of = {label: case(shape, s) for label, shape in shapes.items()}
-        session.sweep(
-            title,
-            axis,
-            list(shapes),
-            lambda label, cases=made_of: (cases[label].variants(), cases[label].inputs),
-            rounds=s.either(5, 3),
-        )
+        session.sweep(title, axis, list(shapes), builder(shapes, s), rounds=s.either(5, 3))
+
+
+def builder(
+    shapes: dict[str, Shape], settings: Settings
+) -> Callable[[str], tuple[list[Variant], list[Tensor]]]:
+    """Return a function from a shape's label to what is compared, made when it is its turn."""
+
+    def build(label: str) -> tuple[list[Variant], list[Tensor]]:
+        made = case(shapes[label], settings)
+        return made.variants(), made.inputs
+
+    return build
 
 
 def sweeps(center: Shape, *, quick: bool) -> Sequence[tuple[str, str, dict[str, Shape]]]:

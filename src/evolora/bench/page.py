@@ -25,7 +25,8 @@ CHART = (520, 230)
 _HEAD = """# Performance
 
 What experts cost on a frozen tower, measured by `evolora bench`; this page is written by
-`evolora bench all --write docs/performance.md`. `make bench-quick` checks the ratios in two minutes.
+`evolora bench all --write docs/performance.md`. `make bench-quick` checks the ratios in two
+minutes.
 
 How it is measured: all variants of a table run in one process, interleaved in shuffled rounds. A
 ratio is the median over rounds of a variant's time over its base's in the same round; "fastest" is
@@ -77,14 +78,8 @@ def _goals(results: Sequence[Result]) -> str:
 
 
 def _section(result: Result, folder: Path) -> str:
-    lines = [
-        f"## {result.bench}",
-        "",
-        BENCHES[result.bench][:1].upper() + BENCHES[result.bench][1:] + ".",
-        "",
-        _machine(result),
-        "",
-    ]
+    what = BENCHES[result.bench]
+    lines = [f"## {result.bench}", "", f"{what[0].upper()}{what[1:]}.", "", _machine(result), ""]
     for number, table in enumerate(table for table in result.tables if table.cells):
         lines += [f"### {table.title}", ""]
         if table.axis and len(table.columns) > 2:
@@ -105,9 +100,9 @@ def _machine(result: Result) -> str:
     state = "" if result.complete else " The run was interrupted."
     return (
         f"{facts['date']}; {what}, {facts['torch_threads']} of {facts['cores']} cores, "
-        f"{facts['clock']}, {facts['dtype']}; load {facts['load_average']}; {packages}. Calibration: "
-        f"1576 × 768 times 768 × n GEMM, GFLOP/s: {gemm}; copy {facts['copy_gb_per_s']} GB/s. "
-        f"Took {result.seconds:.0f} s.{state}"
+        f"{facts['clock']}, {facts['dtype']}; load {facts['load_average']}; {packages}. "
+        f"Calibration: 1576 × 768 times 768 × n GEMM, GFLOP/s: {gemm}; "
+        f"copy {facts['copy_gb_per_s']} GB/s. Took {result.seconds:.0f} s.{state}"
     )
 
 
@@ -134,14 +129,13 @@ def chart(table: Table) -> str:
         size=CHART,
     ).draw()
     width, height = CHART[0], CHART[1] + 18 * math.ceil(len(lines) / 2) + 8
-    keys = [
-        f'<g class="line s{line.style}"><path d="M{x} {y}h24"/></g>'
-        f'<text class="tick" x="{x + 30}" y="{y + 4}">{escape(line.label)}</text>'
-        for line, x, y in (
-            (line, 14 + 250 * (i % 2), CHART[1] + 10 + 18 * (i // 2))
-            for i, line in enumerate(lines)
+    keys = []
+    for i, line in enumerate(lines):
+        x, y = 14 + 250 * (i % 2), CHART[1] + 10 + 18 * (i // 2)
+        keys.append(
+            f'<g class="line s{line.style}"><path d="M{x} {y}h24"/></g>'
+            f'<text class="tick" x="{x + 30}" y="{y + 4}">{escape(line.label)}</text>'
         )
-    ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}"><style>{_style()}</style>'
@@ -155,7 +149,8 @@ def _style() -> str:
         ".line path{fill:none;stroke-width:1.8}"
     )
     return base + "".join(
-        f".s{i} path{{stroke:{color};stroke-dasharray:{dash or 'none'}}}.s{i} circle{{fill:{color}}}"
+        f".s{i} path{{stroke:{color};stroke-dasharray:{dash or 'none'}}}"
+        f".s{i} circle{{fill:{color}}}"
         for i, (color, dash) in enumerate(LINES)
     )
 

@@ -65,7 +65,7 @@ def peft_hidden(model: Any, tasks: Sequence[int] | None = None) -> Callable[[Ten
 
 def peft_one_pass_each(model: Any, tasks: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the same function, computed adapter after adapter on its own rows."""
-    rows = {str(task): torch.nonzero(tasks == task)[:, 0] for task in tasks.unique().tolist()}
+    rows = {str(task): torch.nonzero(tasks == task)[:, 0] for task in set(tasks.tolist())}
     run_one = peft_hidden(model)
 
     def run(x: Tensor) -> Tensor:

@@ -89,9 +89,8 @@ class LoopMoELayer(ExpertLayer):
             self.experts.append(
                 nn.Sequential(_linear(a, a0, gone), nn.ReLU(), _linear(b.T, b0, gone))
             )
-        self.routers = nn.ParameterList(
-            [gate.detach().clone() for gate in layer.routers.gate.all()]
-        )
+        gates = layer.routers.gate.all().detach()
+        self.routers = nn.ParameterList([gate.clone() for gate in gates])
         self.scale, self.top_k = bank.scale, layer.config.top_k
 
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
@@ -103,10 +102,9 @@ class LoopMoELayer(ExpertLayer):
         order, by_expert = torch.nonzero(gates)[:, 1].sort(stable=True)
         rows = torch.nonzero(gates)[by_expert, 0]
         sizes = (gates > 0).sum(dim=0).tolist()
-        parts = x[rows].split(sizes)
-        outputs = [
-            expert(part) * self.scale for expert, part in zip(self.experts, parts, strict=True)
-        ]
+        parts = torch.split(x[rows], sizes)
+        pairs = zip(self.experts, parts, strict=True)
+        outputs = [expert(part) * self.scale for expert, part in pairs]
         joined = torch.cat([part for part in outputs if part.shape[0]])
         weighted = joined * gates[rows, order][:, None, None]
         return out + torch.zeros_like(out).index_add(0, rows, weighted)
@@ -121,7 +119,8 @@ def loop_over_experts(
         out: (b, n, d_out) base output.
         x: (b, n, d_in) input.
         bank: linear experts.
-        ids, gates: (b, k) per sample, or (b, n, k) per token.
+        ids: (b, k) per sample, or (b, n, k) per token.
+        gates: weights of the experts, of the same shape.
         hit_only: index the rows that chose an expert (mixture-of-experts code); otherwise every
             expert runs on everything and is weighted, by zero too (dense gating code).
     """

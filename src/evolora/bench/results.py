@@ -53,9 +53,7 @@ class Table:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Table:
         """Return the table that :meth:`to_json` wrote."""
-        rows = {
-            row["name"]: {k: v for k, v in row.items() if k != "name"} for row in values["rows"]
-        }
+        rows = {row.pop("name"): row for row in (dict(row) for row in values["rows"])}
         return cls(
             title=values["title"],
             columns=values["columns"],

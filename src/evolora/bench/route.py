@@ -74,19 +74,16 @@ def measure(session: Session, *, fit: bool = False) -> None:
 
 def grid(*, quick: bool) -> list[Shape]:
     """Return the shapes: routes per sample over tokens, rank, pool and k, and routes per token."""
-    sizes = ((1, 64), (16, 32), (50, 32), (197, 8))
-    ranks = ((4, 1, 16), (16, 2, 8), (16, 2, 64), (64, 2, 22))
-    tokens = ((8, 16, 2), (64, 16, 2), (128, 8, 1))
-    if quick:
-        sizes, ranks, tokens = ((1, 64), (50, 8)), ranks[1:], tokens[:2]
-    samples = [
-        Shape(tokens=n, batch=b, r=r, k=k, experts=e)
-        for (n, b), (r, k, e) in itertools.product(sizes, ranks)
-    ]
-    # Not 197 tokens everywhere: what counts here is n * b, the number of routes.
-    return samples + [
-        Shape(tokens=n, batch=b, r=r, k=k, experts=e, per_token=True)
-        for (n, b), (e, r, k) in itertools.product(sizes[2:] or sizes[1:], tokens)
+    sizes = [(1, 64), (50, 8)] if quick else [(1, 64), (16, 32), (50, 32), (197, 8)]
+    pools = [(8, 16, 2), (64, 16, 2), (22, 64, 2)]
+    pools_token = [(8, 16, 2), (64, 16, 2)]
+    if not quick:
+        pools.insert(0, (16, 4, 1))
+        pools_token.append((128, 8, 1))
+    return [
+        Shape(tokens=n, batch=b, experts=e, r=r, k=k, per_token=per_token)
+        for per_token, chosen in ((False, pools), (True, pools_token))
+        for (n, b), (e, r, k) in itertools.product(sizes[-2:] if per_token else sizes, chosen)
     ]
 
 

@@ -52,8 +52,8 @@ def measure(session: Session) -> None:
         passes=("forward",),
         note="Time over the frozen base's.",
     )
-    ratios = {n: comparison.ratio(MIXED, "forward") for n, comparison in done.items()}
-    session.goal("serve-mixed", max(ratio.median for ratio in ratios.values() if ratio))
+    mixed = [comparison.ratio(MIXED, "forward") for comparison in done.values()]
+    session.goal("serve-mixed", max(ratio.median for ratio in mixed if ratio))
     one = done[1].ratio(ONE, "forward")
     session.goal("serve-one", one.median if one else None)
     recognising(session, batch)
@@ -97,14 +97,13 @@ def recognising(session: Session, batch: int) -> None:
     with torch.no_grad():
         tower: Any = backbone.model.get_submodule("vision_model")
         states = tower(pixel_values=x, output_hidden_states=True).hidden_states
-    whole, part = f"forward, {layers} layers", f"recognise 1 of {TASKS} tasks"
+    both = whole, part = f"forward, {layers} layers", f"recognise 1 of {TASKS} tasks"
     forward = Variant(name=whole, run=hidden(backbone), passes=("forward",), forward_base=whole)
     recognise = replace(forward, name=part, run=lambda _: scorer.errors(layer_statistics(states)))
     table = session.table("recognising the task", ("ms", "share of a forward"))
     comparison = session.time(table.title, [forward, recognise], [x], rounds=s.either(5, 3))
-    for name in (whole, part):
-        share = comparison.ratio(name, "forward")
-        assert share is not None
-        milliseconds = 1000 * comparison.seconds(name, "forward")
-        table.put(name, ms=milliseconds, **{"share of a forward": f"{100 * share.median:.2f} %"})
-    session.goal("selector-share", share.median)
+    shares = {name: comparison.between((name, "forward"), (whole, "forward")) for name in both}
+    for name, share in shares.items():
+        percent = {"share of a forward": f"{100 * share.median:.2f} %"}
+        table.put(name, ms=1000 * comparison.seconds(name, "forward"), **percent)
+    session.goal("selector-share", shares[part].median)

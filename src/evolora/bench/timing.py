@@ -105,7 +105,8 @@ class CudaClock(Clock):
         self._device = device
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
         torch.cuda.synchronize(self._device)
         start.record()
         call()

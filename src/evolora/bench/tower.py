@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from evolora.backbones.clip import DualEncoder
@@ -32,12 +33,9 @@ from evolora.bench.towers import (
     routed,
     twin,
 )
-from evolora.experts.bank import ExpertBank
-from evolora.experts.mixing import mix
-from evolora.experts.sites import ExpertLayer
+from evolora.experts.layers import SumLayer
 from evolora.methods.lora import JointLoRA, JointLoRAConfig, LoRAPerTask, LoRAPerTaskConfig
 from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig, OracleSelectorConfig
-from evolora.routing.route import Route
 
 R, EXPERTS, HIDDEN, TASKS = 16, 22, 64, 20
 LORA, PEFT, TUNED = f"LoRA r{R}", f"PEFT LoRA r{R}", "full fine-tuning"
@@ -129,6 +127,7 @@ def lora(backbone: DualEncoder, x: Tensor) -> list[Variant]:
     """Return one LoRA: by PEFT if it is installed, and the library's."""
     config = JointLoRAConfig(r=R, lora_alpha=R, target_modules=TARGETS, towers=("vision",))
     method = learner(JointLoRA, config, backbone)
+    method.backbone.host.merging = False  # one route at inference: what it adds when not folded
     reference = expected(backbone, method, linear_sites, LoopLoRALayer, x)
     ours = Variant(
         name=LORA,
@@ -150,30 +149,25 @@ def accumulated(
     config = LoRAPerTaskConfig(r=R, lora_alpha=R, target_modules=TARGETS, towers=("vision",))
     method = learner(LoRAPerTask, config, backbone, tasks)
     reference = expected(backbone, method, linear_sites, LoopLoRALayer, x)
-    made = []
-    for name, make in zip(names, (LoopLoRALayer, StackedLayer), strict=False):
-        other = twin(backbone)
-        layers = insert_copies(other, method, linear_sites, make)
-        made.append(Variant(name=name, run=routed(other), modules=(layers,), reference=reference))
-    return made
+    loops, stacked, training, serving = (twin(backbone) for _ in range(4))
+    loop_layers = insert_copies(loops, method, linear_sites, LoopLoRALayer)
+    layers = [insert_copies(b, method, linear_sites, _sum) for b in (stacked, training, serving)]
+    stacked.host.merging = False
+
+    def merged(x: Tensor) -> Tensor:
+        # A training step drops what was folded for inference: each has a tower of its own here.
+        return routed(training if torch.is_grad_enabled() else serving)(x)
+
+    ways = ((routed(loops), loop_layers), (routed(stacked), layers[0]), (merged, layers[1]))
+    return [
+        Variant(name=name, run=run, modules=(own,), reference=reference)
+        for name, (run, own) in zip(names, ways, strict=True)
+    ]
 
 
-class StackedLayer(ExpertLayer):
-    """Every expert of a bank on for all rows, in one stacked product.
-
-    Args:
-        layer: a layer with a bank of linear experts, which is shared.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.bank = layer.bank
-
-    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
-        """Return out + the sum of all experts."""
-        bank = self.bank
-        assert isinstance(bank, ExpertBank)
-        return mix(out, x, bank, range(len(bank)), inplace=True)
+def _sum(layer: nn.Module) -> SumLayer:
+    assert isinstance(layer, SumLayer)
+    return SumLayer(layer.bank)
 
 
 def moe(backbone: DualEncoder, x: Tensor, experts: int, name: str = MOE) -> list[Variant]:

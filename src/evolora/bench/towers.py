@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evolora.backbones.base import Backbone
 from evolora.backbones.clip import DualEncoder
 from evolora.bench.settings import Settings
 from evolora.experts.sites import ExpertLayer, Site
@@ -68,7 +69,8 @@ def build(settings: Settings, layers: int, *, patch: int = 16, text_layers: int 
         },
     )
     torch.manual_seed(settings.seed)
-    model = CLIPModel(config).to(settings.device, settings.torch_dtype)
+    model: Any = CLIPModel(config)
+    model.to(settings.device, settings.torch_dtype)
     return DualEncoder(model, name="random")
 
 
@@ -90,7 +92,7 @@ def in_float64(backbone: DualEncoder) -> DualEncoder:
     return DualEncoder(copy.deepcopy(backbone.model).double(), name=backbone.name)
 
 
-def hidden(backbone: DualEncoder) -> Callable[[Tensor], Tensor]:
+def hidden(backbone: Backbone) -> Callable[[Tensor], Tensor]:
     """Return a function from pixels to the vision tower's last hidden states (b, n, d)."""
     tower: Any = backbone.model.get_submodule("vision_model")
 
@@ -101,14 +103,15 @@ def hidden(backbone: DualEncoder) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def routed(backbone: DualEncoder, task: int | Tensor = 0) -> Callable[[Tensor], Tensor]:
+def routed(backbone: Backbone, task: int | Tensor = 0) -> Callable[[Tensor], Tensor]:
     """Return :func:`hidden` under a route: one task for all rows, or a task per row (b,)."""
     run = hidden(backbone)
 
     def run_routed(x: Tensor) -> Tensor:
-        whole = isinstance(task, int)
-        route = Route.of(task, len(x), device=x.device) if whole else Route(task)
-        backbone.host.set_route("vision", route)
+        if isinstance(task, Tensor):
+            backbone.host.set_route("vision", Route(task))
+        else:
+            backbone.host.set_route("vision", Route.of(task, len(x), device=x.device))
         return run(x)
 
     return run_routed
@@ -145,9 +148,8 @@ def insert_copies(
     """Let what ``make`` makes of the method's layers act in a backbone; return these layers."""
     layers = nn.ModuleList()
     for site in sites(backbone):
-        layer = make(method.layers[site.key]).to(
-            backbone.device, next(backbone.model.parameters()).dtype
-        )
+        weight = next(backbone.model.parameters())
+        layer = make(method.layers[site.key]).to(weight.device, weight.dtype)
         backbone.host.insert(site, layer)
         layers.append(layer)
     return layers

@@ -72,9 +72,15 @@ class SiteHost:
         self.enabled = True
         self._routes: dict[str, Route] = {}
         self._handles: list[RemovableHandle] = []
+        self._lowest: dict[str, int] = {}
+
+    def lowest(self, tower: str) -> int | None:
+        """Return the lowest block of a tower that has a site, or None if none has."""
+        return self._lowest.get(tower)
 
     def insert(self, site: Site, layer: ExpertLayer) -> None:
         """Let ``layer`` add to ``site`` from the next forward on."""
+        self._lowest[site.tower] = min(site.layer, self._lowest.get(site.tower, site.layer))
         if site.norm is None:
 
             def add(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -101,6 +107,7 @@ class SiteHost:
             handle.remove()
         self._handles.clear()
         self._routes.clear()
+        self._lowest.clear()
 
     def set_route(self, tower: str, route: Route) -> None:
         """Put the route in place for the tower's forwards until the next call."""

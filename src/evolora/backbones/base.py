@@ -34,6 +34,7 @@ class Backbone(ABC):
     model: nn.Module
     towers: tuple[str, ...]
     vision_summary: str = "first"
+    input_names: tuple[str, ...] = ("pixel_values",)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)

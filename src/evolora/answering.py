@@ -81,13 +81,13 @@ def _learned_index(method: Method, task: str) -> int:
 def _answers(method: Method, batch: Batch, classes: Sequence[str] | None) -> list[Answer]:
     with torch.no_grad():
         encoded, tasks = method.route(batch)
+        embedding = method.embed(batch, encoded, tasks)
     answers: list[Answer | None] = [None] * len(batch)
     for task in torch.unique(tasks).tolist():
         space = answer_space(method, task, classes)
         rows = torch.nonzero(tasks == task).squeeze(1)
         with torch.no_grad():
-            part = encoded.take(rows) if encoded is not None else None
-            scores = method.answer(batch.take(rows), part, tasks[rows], space).scores
+            scores = method.score(embedding[rows], tasks[rows], space).scores
         for row, values in zip(rows.tolist(), scores, strict=True):
             answers[row] = _answer(values, space, answerer(method, task))
     return [answer for answer in answers if answer is not None]

@@ -43,10 +43,12 @@ class EvaluationConfig:
     Args:
         batch_size: samples per forward.
         baseline: also score the untouched base on every task before learning.
+        cache: decode a test image and run the untouched base on it once, not in every evaluation.
     """
 
     batch_size: int = 64
     baseline: bool = True
+    cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +91,22 @@ class RunConfig:
     def hash(self) -> str:
         """Return a short hash of all that decides the result (not of where it is reported)."""
         value = self.to_json()
-        for name in ("report_to", "save_steps", "logging_steps", "dataloader_num_workers"):
+        for name in HOW_ONLY:
             value["training"].pop(name)
+        value["evaluation"].pop("cache")
+        if self.training.cached_dtype == "float16":  # rounding is all a cache can change
+            value["training"]["cached_dtype"] = "float16"
         value.pop("name")
         text = json.dumps(value, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+HOW_ONLY = (
+    *("report_to", "save_steps", "logging_steps", "dataloader_num_workers"),
+    *("gradient_checkpointing", "prefix_cache", "prefix_cache_bytes", "prefix_cache_dtype"),
+    "prefix_cache_dir",
+)
+"""Training settings that decide how a result is reached, not what it is."""
 SECTIONS = ("method", "stream", "backbone", "training", "evaluation", "seed", "name")
 SHORT = {"method": "type", "stream": "name", "backbone": "name_or_path"}
 """Sections that may be given as one word, and the setting that the word is."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,18 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from evolora.answering import Answer, answer_images, answerer
-from evolora.backbones.base import Backbone
+from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.evaluation.cost import Cost, measure_cost
 from evolora.methods.base import Method, Objective
 from evolora.registry import METHODS
 from evolora.routing.route import BASE
+from evolora.storage.state import export_state, load_state
 from evolora.streams.sampling import image_folder
 from evolora.streams.task import Examples, LabelSpace, Subset, Task
 from evolora.training.batches import Share, TrainingBatches, evaluation_batches
 from evolora.training.config import TrainingConfig
 from evolora.training.loop import TaskRun, train_task
+from evolora.training.prefix_cache import build_memory, check_training
 from evolora.training.progress import Reporter
+from evolora.training.samples import Samples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,6 +77,12 @@ class Learner:
         evaluation_batch_size: samples per forward in evaluation and prediction.
         accelerator: the runtime; made from ``training`` when None.
         reporter: progress and log; silent when None.
+        evaluation_cache: decode a test image and run the untouched base on it once, not in every
+            evaluation.
+        samples: what is known of samples already; shared by learners on one backbone.
+
+    Raises:
+        ConfigError: a setting of ``training`` does not go with the method (the message says why).
     """
 
     def __init__(
@@ -86,6 +96,8 @@ class Learner:
         evaluation_batch_size: int = 64,
         accelerator: Accelerator | None = None,
         reporter: Reporter | None = None,
+        evaluation_cache: bool = True,
+        samples: Samples | None = None,
     ) -> None:
         from evolora.backbones.clip import DualEncoder
         from evolora.config import build_method
@@ -106,6 +118,12 @@ class Learner:
             label_smoothing=self.training.label_smoothing_factor,
             max_classes=self.training.max_classes_per_step,
         )
+        check_training(self.training, self.method)
+        self.method.reuse = self.training.prefix_cache != "off"
+        self.samples = samples or Samples(
+            self.backbone, build_memory(self.training, self.backbone.device)
+        )
+        self.evaluation_cache = evaluation_cache
         self.reporter = reporter or Reporter()
         self.costs: list[Cost] = []
 
@@ -138,14 +156,15 @@ class Learner:
             progress: where an interrupted learning of this task stopped (it is allocated then).
             save: called at checkpoints with (steps done, optimizer state).
         """
-        if progress is None:
-            self.begin(task)
-        index = len(self.task_names) - 1
-        train, held_out = split_held_out(task)
-        run = self._task_run(task.name, [(index, train)], self.training.max_steps)
-        loss = self._train(run, progress, save)
-        self._finish(index, train, held_out)
-        self._settle()
+        with self._all_or_nothing():
+            if progress is None:
+                self.begin(task)
+            index = len(self.task_names) - 1
+            train, held_out = split_held_out(task)
+            run = self._task_run(task.name, [(index, train)], self.training.max_steps)
+            loss = self._train(run, progress, save)
+            self._finish(index, train, held_out)
+            self._settle()
         return loss
 
     def learn_jointly(
@@ -168,21 +187,41 @@ class Learner:
             )
         if not tasks:
             raise ConfigError("learn_jointly needs at least one task; got none")
-        if progress is None:
-            for task in tasks:
-                self.begin(task)
-        first = len(self.task_names) - len(tasks)
-        parts = [(first + index, split_held_out(task)[0]) for index, task in enumerate(tasks)]
-        run = self._task_run("all tasks", parts, self.training.max_steps * len(tasks))
-        loss = self._train(run, progress, save)
-        self.method.finish_task()
-        self._settle()
+        with self._all_or_nothing():
+            if progress is None:
+                for task in tasks:
+                    self.begin(task)
+            first = len(self.task_names) - len(tasks)
+            parts = [(first + index, split_held_out(task)[0]) for index, task in enumerate(tasks)]
+            run = self._task_run("all tasks", parts, self.training.max_steps * len(tasks))
+            loss = self._train(run, progress, save)
+            self.method.finish_task()
+            self._settle()
         return loss
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Put the method back to what it was if learning breaks off: half a task is none."""
+        before = {name: value.clone() for name, value in export_state(self.method).items()}
+        tasks, costs = len(self.task_names), len(self.costs)
+        try:
+            yield
+        except BaseException:
+            load_state(self.method, before)
+            del self.task_names[tasks:], self.method.labels[tasks:], self.costs[costs:]
+            self.method.eval()
+            raise
 
     def _task_run(self, title: str, parts: Sequence[tuple[int, Examples]], steps: int) -> TaskRun:
         feeds = [
             TrainingBatches(
-                data, self.backbone, self.training, seed=self.seed, task=index, share=self.share
+                data,
+                self.backbone,
+                self.training,
+                seed=self.seed,
+                task=index,
+                share=self.share,
+                samples=self.samples if self.training.prefix_cache != "off" else None,
             )
             for index, data in parts
         ]
@@ -207,15 +246,17 @@ class Learner:
         save: Callable[[int, Mapping[str, Tensor]], None] | None,
     ) -> float | None:
         self.backbone.forget_classes()
+        self.samples.memory.new_generation()
         place = progress or Progress()
-        loss = train_task(
-            run,
-            self.accelerator,
-            self.reporter,
-            start=place.step,
-            moments=place.moments,
-            save=save,
-        )
+        with self.backbone.checkpointing(self.training.gradient_checkpointing):
+            loss = train_task(
+                run,
+                self.accelerator,
+                self.reporter,
+                start=place.step,
+                moments=place.moments,
+                save=save,
+            )
         self.reduce_usage()
         self.costs.append(measure_cost(self.method))
         return loss
@@ -258,9 +299,8 @@ class Learner:
     def features(self, data: Examples, name: str) -> Tensor:
         """Return the frozen base's routing features (n, f) of a data set."""
         parts = []
-        size = self.evaluation_batch_size
         with self.reporter.bar("features", len(data)) as bar:
-            for batch in evaluation_batches(data, self.backbone, size, range(len(data))):
+            for batch in self._batches(data, range(len(data))):
                 encoded = self.backbone.encode_base(batch)
                 parts.append(self.method.routing_features(batch, encoded)[name].cpu())
                 bar.advance(len(batch))
@@ -283,9 +323,8 @@ class Learner:
         oracle = self.task_names.index(task.name) if task.name in self.task_names else None
         counts = torch.zeros(len(self.task_names) + 2, dtype=torch.long)  # correct, base, tasks...
         rows = self._own_range(len(task.test))
-        size = self.evaluation_batch_size
         with self.reporter.bar(f"test {task.name}", len(rows)) as bar:
-            for batch in evaluation_batches(task.test, self.backbone, size, rows):
+            for batch in self._batches(task.test, rows):
                 predicted = self.method.predict(batch, space, oracle=oracle)
                 counts[0] += int((predicted.labels == batch.labels + offset).sum())
                 answered = predicted.tasks.cpu() + 1
@@ -296,6 +335,11 @@ class Learner:
         counted = [(BASE, base), *enumerate(tasks)]
         routes = {answerer(self.method, task): count for task, count in counted if count}
         return Evaluation(score=correct / len(task.test), samples=len(task.test), routes=routes)
+
+    def _batches(self, data: Examples, rows: range) -> Iterator[Batch]:
+        """Yield rows of a data set without augmentation."""
+        samples = self.samples if self.evaluation_cache else None
+        return evaluation_batches(data, self.backbone, self.evaluation_batch_size, rows, samples)
 
     def _own_range(self, rows: int) -> range:
         """Return this process's contiguous part of a test set."""

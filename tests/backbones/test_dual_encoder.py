@@ -12,7 +12,7 @@ from tests.conftest import END, ToyProcessor, toy_model, toy_task
 from torch import Tensor
 from torch.nn import functional as F
 
-from evolora.backbones import clip
+from evolora.backbones import prompts
 from evolora.backbones.clip import DualEncoder
 from evolora.errors import ConfigError
 from evolora.learner import Learner
@@ -79,7 +79,7 @@ def test_chunks_of_prompts_give_the_same(make_backbone, monkeypatch: pytest.Monk
     labels = LabelSpace(classes=("dot", "bar", "red cross", "blue ring", "green dot"))
     with torch.no_grad():
         whole = make_backbone().class_embeddings(labels, BASE)
-        monkeypatch.setattr(clip, "PROMPTS_PER_FORWARD", 2)
+        monkeypatch.setattr(prompts, "PROMPTS_PER_FORWARD", 2)
         parts = make_backbone().class_embeddings(labels, BASE)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
 
@@ -152,7 +152,7 @@ def test_routing_features_have_their_widths_and_come_from_the_base(make_backbone
         assert torch.equal(value, before.features[name])
         row = backbone.encode_base(batch.take(torch.tensor([2]))).features[name]
         torch.testing.assert_close(row[0], value[2], rtol=1e-4, atol=1e-5)
-    assert not any(module._forward_hooks for module in backbone._blocks("vision"))
+    assert not any(module._forward_hooks for module in backbone.blocks("vision"))
 
 
 # -- cached class embeddings -----------------------------------------------------------------------
@@ -235,7 +235,8 @@ def test_an_address_used_again_is_not_taken_for_the_same_tensor(make_backbone) -
         with torch.no_grad():
             answers.append(learner.method.classifier(labels, 0))
             fresh = learner.backbone.class_embeddings(labels, 0, version=-1)
-        learner.backbone._classes.pop((0, -1, labels, None, True))
+        classes = learner.backbone.prompts.classes
+        classes.drop((learner.backbone.context(), 0, -1, labels, None, True))
         assert torch.equal(answers[-1], fresh)
     assert not torch.equal(*answers)
 
@@ -259,10 +260,10 @@ def test_training_never_reads_the_cache(make_backbone) -> None:
     backbone = learner.backbone
     with torch.no_grad():
         backbone.class_embeddings(toy_task(0).labels, 0, version=1)
-    kept = dict(backbone._classes)
+    kept = list(backbone.prompts.classes)
     graded = backbone.class_embeddings(toy_task(0).labels, 0, version=1)
     assert graded.requires_grad
-    assert backbone._classes.keys() == kept.keys()
+    assert list(backbone.prompts.classes) == kept
 
 
 # -- gradient checkpointing ------------------------------------------------------------------------
@@ -309,7 +310,7 @@ def test_checkpointing_gives_the_same_gradients(make_backbone, method: Any) -> N
 
 def test_checkpointing_survives_more_prompts_than_one_chunk(make_backbone, monkeypatch) -> None:
     plain, _ = gradients(make_backbone, MOE, False)
-    monkeypatch.setattr(clip, "PROMPTS_PER_FORWARD", 2)
+    monkeypatch.setattr(prompts, "PROMPTS_PER_FORWARD", 2)
     again, _ = gradients(make_backbone, MOE, True)
     for name, value in plain.items():
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)

@@ -5,72 +5,23 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from evolora.backbones.batch import Batch, Encoded, LazyInputs, Prefix
+from evolora.errors import ConfigError
 from evolora.experts.sites import Site, SiteHost, SiteKind
 from evolora.randomness import StepRandom
 from evolora.routing.route import Route
 from evolora.streams.task import Example, LabelSpace
 
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Preprocessed samples on the model's device.
-
-    Args:
-        inputs: name -> tensor with rows first, as the model's towers take them.
-        labels: (b,) int64 class index.
-        keys: identifier of each sample.
-        task: index of the samples' task in the stream; read in training and by oracles only.
-        random: randomness of the training step; None in evaluation.
-        step_labels: class indices of the whole global batch where several processes share it.
-    """
-
-    inputs: Mapping[str, Tensor]
-    labels: Tensor
-    keys: tuple[str, ...]
-    task: int | None = None
-    random: StepRandom | None = None
-    step_labels: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def with_random(self, random: StepRandom) -> Batch:
-        """Return the same samples with a training step's randomness."""
-        return replace(self, random=random)
-
-    def take(self, rows: Tensor) -> Batch:
-        """Return the given rows as a batch of their own."""
-        return replace(
-            self,
-            inputs={name: value[rows] for name, value in self.inputs.items()},
-            labels=self.labels[rows],
-            keys=tuple(self.keys[row] for row in rows.tolist()),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """What one pass through the untouched base gives: reused for routing and for base answers.
-
-    Args:
-        embedding: (b, p) what the base model's answer is computed from.
-        features: name -> (b, f) routing features.
-    """
-
-    embedding: Tensor
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def take(self, rows: Tensor) -> Encoded:
-        """Return the given rows."""
-        features = {name: value[rows] for name, value in self.features.items()}
-        return Encoded(embedding=self.embedding[rows], features=features)
+__all__ = ["Backbone", "Batch", "Encoded", "LazyInputs", "Prefix"]
 
 
 class Backbone(ABC):
@@ -83,11 +34,12 @@ class Backbone(ABC):
     model: nn.Module
     towers: tuple[str, ...]
     vision_summary: str = "first"
+    input_names: tuple[str, ...] = ("pixel_values",)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
         self.host = SiteHost()
-        self._fingerprint: str | None = None
+        self._fingerprint: tuple[int, str] | None = None
         self._caller = _Caller(self.model)
         self._weights: Mapping[str, Tensor] | None = None
         self._states = 0
@@ -119,6 +71,14 @@ class Backbone(ABC):
         """Return preprocessed samples; with ``random``, training augmentation is applied."""
 
     @abstractmethod
+    def prepare(self, example: Example) -> Tensor:
+        """Return a sample as small integers, the same each time; :meth:`inputs_of` takes it on."""
+
+    @abstractmethod
+    def inputs_of(self, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the ``Batch.inputs`` of prepared samples."""
+
+    @abstractmethod
     def encode_base(self, batch: Batch, *, features: bool = True) -> Encoded:
         """Run the untouched base once, without gradient."""
 
@@ -133,7 +93,19 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode(self, batch: Batch, route: Route) -> Tensor:
-        """Return the embedding (b, p) of the batch under the route."""
+        """Return the embedding (b, p) of the batch under the route.
+
+        It goes on from ``batch.prefix`` where there is one, or from what ``batch.known`` keeps of
+        the activations below the lowest expert, which it computes once.
+        """
+
+    @abstractmethod
+    def prefix(self, batch: Batch, cut: int) -> Tensor:
+        """Return the activations (b, n, d) that enter block ``cut`` of the untouched vision tower.
+
+        Raises:
+            ConfigError: the tower has no such block.
+        """
 
     @abstractmethod
     def class_embeddings(
@@ -145,6 +117,7 @@ class Backbone(ABC):
         classes: Sequence[int] | None = None,
         ensemble: bool = True,
         version: int = 0,
+        reuse: bool = True,
     ) -> Tensor:
         """Return (c, p) class embeddings with the experts of ``task`` (or the base)."""
 
@@ -165,6 +138,46 @@ class Backbone(ABC):
         finally:
             self._weights = None
 
+    @property
+    def has_other_weights(self) -> bool:
+        """Whether the model runs with other weights than its own (:meth:`with_weights`)."""
+        return self._weights is not None
+
+    def context(self) -> str:
+        """Return all that decides what the untouched model makes of an input, as a cache key."""
+        device, dtype = self.device, next(self.model.parameters()).dtype
+        autocast = ""
+        if torch.is_autocast_enabled(device.type):
+            autocast = str(torch.get_autocast_dtype(device.type))
+        return f"{self.fingerprint()}/{self.preprocessing()}/{device}/{dtype}/{autocast}"
+
+    @abstractmethod
+    def preprocessing(self) -> str:
+        """Return what decides the inputs of a prepared sample (sizes, mean, deviation)."""
+
+    def entering_block(
+        self, tower: str, cut: int, function: str, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """Return what block ``cut`` of the untouched tower is called with: (b, n, d), args, kwargs.
+
+        The model's own forward runs up to that block and no further, so masks and all that comes
+        before the blocks are its own.
+        """
+        met: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            met.append((args, kwargs))
+            raise _Reached
+
+        handle = self.blocks(tower)[cut].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad(), self.host.disabled(), suppress(_Reached):
+                self.call(function, **inputs)
+        finally:
+            handle.remove()
+        args, kwargs = met[0]
+        return args[0], args[1:], kwargs
+
     def call(self, function: str, **inputs: Any) -> Any:
         """Call a function of the model ("get_image_features") with the weights in place."""
         if self._weights is None:
@@ -184,19 +197,55 @@ class Backbone(ABC):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of every weight and buffer (name, shape, dtype, bytes)."""
-        if self._fingerprint is None:
+        writes = sum(t._version for t in chain(self.model.parameters(), self.model.buffers()))
+        if self._fingerprint is None or self._fingerprint[0] != writes:
             digest = hashlib.sha256()
             for name, tensor in sorted(self.model.state_dict().items()):
                 value = tensor.detach().cpu().contiguous()
                 digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
                 digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+            self._fingerprint = (writes, digest.hexdigest())
+        return self._fingerprint[1]
+
+    @contextmanager
+    def checkpointing(self, wanted: bool = True) -> Iterator[None]:
+        """Keep only the inputs of blocks for backward and run each block again there.
+
+        transformers does so in blocks that are in training mode. Only the blocks themselves are
+        put into it: their attention and MLP stay as they are, and so does dropout, off.
+
+        Raises:
+            ConfigError: the model's blocks cannot do so.
+        """
+        blocks = [block for tower in self.towers for block in self.blocks(tower)] if wanted else []
+        if not all(hasattr(block, "gradient_checkpointing") for block in blocks):
+            raise ConfigError(
+                f"gradient_checkpointing: {type(self.model).__name__} does not support it"
+            )
+        again = partial(checkpoint, use_reentrant=False)
+        for block in blocks:
+            block.training = True
+            vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=again)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.training = False
+                for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                    vars(block).pop(name)
+
+    @abstractmethod
+    def blocks(self, tower: str) -> list[nn.Module]:
+        """Return the transformer blocks of a tower, the lowest first."""
 
     def to(self, device: torch.device | str) -> Backbone:
         """Move the model; the weights stay the same."""
         self.model.to(device)
         return self
+
+
+class _Reached(Exception):
+    pass
 
 
 class _Caller(nn.Module):

@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.blocks import (
+    LINEARS,
+    block_indices,
+    layer_statistics,
+    linear_site,
+    mlp_site,
+    statistic_layers,
+)
+from evolora.backbones.memory import Known
+from evolora.backbones.prompts import PromptEncoder, pooled
 from evolora.errors import ConfigError, DataError, suggest, unknown_name
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom, generator
 from evolora.registry import BACKBONES
-from evolora.routing.route import BASE, Route
+from evolora.routing.route import Route
 from evolora.streams.images import random_resized_crop, read_image, resize_center_crop
 from evolora.streams.task import Example, LabelSpace
 
-PROMPTS_PER_FORWARD = 512
-"""Class prompts are encoded in chunks of so many rows."""
-LINEARS = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "out_proj": "self_attn.out_proj",
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
-}
 CROP_SCALE = (0.9, 1.0)
 """Area kept by the training crop (MoE-Adapters, RandomResizedCrop 0.9-1.0, bicubic)."""
 
@@ -64,7 +64,7 @@ class DualEncoder(Backbone):
         self.is_siglip = not hasattr(model, "visual_projection")
         self.image_size = int(self.config.vision_config.image_size)
         self.vision_summary = "mean" if self.is_siglip else "first"  # SigLIP has no class token
-        self._classes: dict[tuple[Any, ...], Tensor] = {}
+        self.prompts = PromptEncoder(self)
 
     def sites(
         self,
@@ -85,12 +85,12 @@ class DualEncoder(Backbone):
         found: list[Site] = []
         for tower in wanted:
             blocks: Any = getattr(self.model, f"{tower}_model").encoder.layers
-            for index in _layers(layers, len(blocks), tower):
+            for index in block_indices(layers, len(blocks), tower):
                 block = blocks[index]
                 if kind == "mlp":
-                    found.append(_mlp_site(block, tower, index))
+                    found.append(mlp_site(block, tower, index))
                 else:
-                    found.extend(_linear_site(block, tower, index, t) for t in target_modules)
+                    found.extend(linear_site(block, tower, index, t) for t in target_modules)
         return found
 
     def collate(
@@ -103,19 +103,32 @@ class DualEncoder(Backbone):
         """Return normalised pixels (b, 3, s, s); with ``random``, a random resized crop each."""
         crops = []
         for row, example in enumerate(examples):
-            image = read_image(example.inputs["image"])
             if random is None:
-                crops.append(resize_center_crop(image, self.image_size))
+                crops.append(self.prepare(example))
             else:
                 draw = generator(random.seed, "crop", random.first_row + row)
+                image = read_image(example.inputs["image"])
                 crops.append(random_resized_crop(image, self.image_size, draw, scale=CROP_SCALE))
         return Batch(
-            inputs={"pixel_values": self.normalize(torch.stack(crops))},
+            inputs=self.inputs_of(crops),
             labels=torch.tensor([example.label for example in examples], device=self.device),
             keys=tuple(example.key for example in examples),
             task=task,
             random=random,
         )
+
+    def prepare(self, example: Example) -> Tensor:
+        """Return the centre crop, uint8 (3, s, s)."""
+        return resize_center_crop(read_image(example.inputs["image"]), self.image_size)
+
+    def inputs_of(self, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return {"pixel_values": (b, 3, s, s)} of uint8 crops."""
+        return {"pixel_values": self.normalize(torch.stack(list(prepared)))}
+
+    def preprocessing(self) -> str:
+        """Return size, mean and deviation."""
+        mean, std = self._mean_std()
+        return f"{self.image_size}/{mean.tolist()}/{std.tolist()}"
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images (b, 3, s, s) as the floats the vision tower was trained on."""
@@ -127,24 +140,43 @@ class DualEncoder(Backbone):
 
     def encode_base(self, batch: Batch, *, features: bool = True) -> Encoded:
         """Run the untouched vision tower; the routing features come from the same pass."""
+        names = ("embedding", "layers") if features else ("embedding",)
+        if batch.known is None or self.has_other_weights:
+            results: Mapping[str, Tensor] = self._base_pass(batch, names)
+        else:
+            results = batch.known.memory.passes.fetch(
+                names,
+                batch.known.samples,
+                lambda rows: self._base_pass(batch.take(rows), names),
+                context=self.context(),
+            )
+        embedding = results["embedding"].to(self.device)
+        if not features:
+            return Encoded(embedding=embedding)
+        layers = results["layers"].to(self.device)
+        return Encoded(
+            embedding=embedding,
+            features={"pooled": F.normalize(embedding, dim=-1), "layers": layers},
+        )
+
+    def _base_pass(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the base's embedding and, where it is wanted, the statistics of its layers."""
         with torch.no_grad(), self.host.disabled():
-            if not features:
-                return Encoded(embedding=self._image_embedding(batch))
-            hidden: list[Tensor] = []
+            if "layers" not in names:
+                return {"embedding": self._image_embedding(batch)}
             tower: Any = getattr(self.model, "vision_model")  # noqa: B009 - untyped
+            outputs = (tower.embeddings, *self.blocks("vision"))
+            hidden: list[Tensor] = []
             handles = [
-                module.register_forward_hook(lambda _, __, out: hidden.append(out))
-                for module in (tower.embeddings, *self._blocks("vision"))
+                outputs[index].register_forward_hook(lambda _, __, out: hidden.append(out))
+                for index in statistic_layers(len(outputs))
             ]
             try:
                 embedding = self._image_embedding(batch)
             finally:
                 for handle in handles:
                     handle.remove()
-        return Encoded(
-            embedding=embedding,
-            features={"pooled": F.normalize(embedding, dim=-1), "layers": layer_statistics(hidden)},
-        )
+            return {"embedding": embedding, "layers": layer_statistics(hidden)}
 
     @property
     def width(self) -> int:
@@ -155,14 +187,57 @@ class DualEncoder(Backbone):
 
     def feature_widths(self) -> dict[str, int]:
         """Return the widths of "pooled" and "layers"."""
-        depth = 1 + len(self._blocks("vision"))
-        statistics = 2 * len(_statistic_layers(depth)) * self.config.vision_config.hidden_size
+        depth = 1 + len(self.blocks("vision"))
+        statistics = 2 * len(statistic_layers(depth)) * self.config.vision_config.hidden_size
         return {"pooled": self.width, "layers": statistics}
 
     def encode(self, batch: Batch, route: Route) -> Tensor:
         """Return L2-normalisable image embeddings (b, p) under the route."""
         self.host.set_route("vision", route)
-        return self._image_embedding(batch)
+        if self.has_other_weights:
+            return self._image_embedding(batch)
+        cut = self.host.lowest("vision")
+        if batch.prefix is not None:
+            return self._go_on(batch.prefix.hidden, batch.prefix.cut)
+        if batch.known is None or not self.host.enabled or cut == 0:
+            return self._image_embedding(batch)
+        if cut is None:  # no expert stands in this tower
+            return self.encode_base(batch, features=False).embedding
+        if batch.known.memory.prefixes is None:
+            return self._image_embedding(batch)
+        return self._go_on(self._known_prefix(batch, batch.known, cut), cut)
+
+    def _known_prefix(self, batch: Batch, known: Known, cut: int) -> Tensor:
+        assert known.memory.prefixes is not None
+        name = f"prefix {cut}"
+        found = known.memory.prefixes.fetch(
+            (name,),
+            known.samples,
+            lambda rows: {name: self.prefix(batch.take(rows), cut)},
+            context=self.context(),
+        )
+        dtype = next(self.model.parameters()).dtype
+        return found[name].to(self.device, dtype, non_blocking=True)
+
+    def prefix(self, batch: Batch, cut: int) -> Tensor:
+        """Return the activations (b, n, d) that enter block ``cut`` of the untouched tower."""
+        depth = len(self.blocks("vision"))
+        if not 0 <= cut < depth:
+            raise ConfigError(f"the vision tower has blocks 0 to {depth - 1}; got cut {cut}")
+        inputs = {"pixel_values": batch.inputs["pixel_values"]}
+        return self.entering_block("vision", cut, "get_image_features", inputs)[0]
+
+    def _go_on(self, hidden: Tensor, cut: int) -> Tensor:
+        """Run block ``cut`` of the vision tower and all above it, as its own forward does."""
+        for block in self.blocks("vision")[cut:]:
+            hidden = block(hidden, None)
+        model: Any = self.model
+        tower = model.vision_model
+        if self.is_siglip:
+            embedding: Tensor = tower.head(tower.post_layernorm(hidden))
+        else:
+            embedding = model.visual_projection(tower.post_layernorm(hidden[:, 0]))
+        return embedding
 
     def class_embeddings(
         self,
@@ -173,6 +248,7 @@ class DualEncoder(Backbone):
         classes: Sequence[int] | None = None,
         ensemble: bool = True,
         version: int = 0,
+        reuse: bool = True,
     ) -> Tensor:
         """Return unit-length class embeddings (c, p).
 
@@ -184,32 +260,22 @@ class DualEncoder(Backbone):
             ensemble: average the normalised embeddings of all templates and normalise again;
                 False uses the first template (training).
             version: state of the experts; a cached result of another state is not used.
+            reuse: go on from what the prompts are below the lowest expert, computed once; False
+                encodes them from their tokens each time.
         """
-        cacheable = not torch.is_grad_enabled() and random is None
-        key = (task, version, labels, tuple(classes) if classes is not None else None, ensemble)
-        if cacheable and key in self._classes:
-            return self._classes[key]
-        names = labels.classes if classes is None else [labels.classes[i] for i in classes]
-        templates = labels.templates if ensemble else labels.templates[:1]
-        prompts = [template.format(name) for template in templates for name in names]
-        # One forward where gradients flow: a backward that recomputes must still find its route,
-        # and noise is drawn per row of a forward.
-        size = PROMPTS_PER_FORWARD if cacheable else len(prompts)
-        rows = torch.cat(
-            [
-                self._text_embedding(prompts[start : start + size], task, random)
-                for start in range(0, len(prompts), size)
-            ]
+        return self.prompts.class_embeddings(
+            labels,
+            task,
+            random=random,
+            classes=classes,
+            ensemble=ensemble,
+            version=version,
+            reuse=reuse,
         )
-        unit = F.normalize(rows, dim=-1).view(len(templates), len(names), -1)
-        result = F.normalize(unit.mean(dim=0), dim=-1)
-        if cacheable:
-            self._classes[key] = result
-        return result
 
     def forget_classes(self) -> None:
         """Drop cached class embeddings of learned tasks; the base's stay valid for ever."""
-        self._classes = {key: value for key, value in self._classes.items() if key[0] == BASE}
+        self.prompts.forget()
 
     def logits(self, embedding: Tensor, classes: Tensor) -> Tensor:
         """Return scaled cosine similarities (b, c)."""
@@ -219,13 +285,12 @@ class DualEncoder(Backbone):
 
     def text_summary(self, input_ids: Tensor) -> Tensor:
         """Return (c,) index of the token a prompt is read out at: its end token."""
-        if self.is_siglip:
-            return torch.full(
-                (input_ids.shape[0],), input_ids.shape[1] - 1, device=input_ids.device
-            )
-        end = self.config.text_config.eos_token_id
-        hits = input_ids == end if end != 2 else input_ids == input_ids.max(dim=1, keepdim=True)[0]
-        return hits.int().argmax(dim=1)
+        return self.prompts.summary(input_ids)
+
+    def tokenize(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return token tensors, padded to the longest prompt (SigLIP: to its maximum)."""
+        tokens = self.prompts.tokenize(prompts)
+        return {name: value.to(self.device) for name, value in tokens.items()}
 
     def describe(self) -> dict[str, Any]:
         """Return class, name and preprocessing, for the artefact."""
@@ -241,64 +306,18 @@ class DualEncoder(Backbone):
         }
 
     def _image_embedding(self, batch: Batch) -> Tensor:
-        return _pooled(self.call("get_image_features", pixel_values=batch.inputs["pixel_values"]))
+        return pooled(self.call("get_image_features", pixel_values=batch.inputs["pixel_values"]))
 
-    def _text_embedding(self, prompts: list[str], task: int, random: StepRandom | None) -> Tensor:
-        tokens = self.tokenize(prompts)
-        route = Route.of(
-            task,
-            len(prompts),
-            device=self.device,
-            summary=self.text_summary(tokens["input_ids"]),
-            random=random,
-        )
-        self.host.set_route("text", route)
-        return _pooled(self.call("get_text_features", **tokens))
-
-    def tokenize(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return token tensors, padded to the longest prompt (SigLIP: to its maximum)."""
-        if self.processor is None:
-            raise ConfigError("this backbone was built without a processor; it has shapes only")
-        limit = int(self.config.text_config.max_position_embeddings)
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length" if self.is_siglip else True,
-            truncation=True,
-            max_length=limit,
-            return_tensors="pt",
-        )
-        names = ("input_ids",) if self.is_siglip else ("input_ids", "attention_mask")
-        return {name: tokens[name].to(self.device) for name in names if name in tokens}
-
-    def _blocks(self, tower: str) -> list[nn.Module]:
-        blocks: Any = getattr(self.model, f"{tower}_model").encoder.layers
-        return list(blocks)
+    def blocks(self, tower: str) -> list[nn.Module]:
+        """Return the transformer blocks of a tower, the lowest first."""
+        found: Any = getattr(self.model, f"{tower}_model").encoder.layers
+        return list(found)
 
     def _mean_std(self) -> tuple[Tensor, Tensor]:
         image = getattr(self.processor, "image_processor", self.processor)
         mean = getattr(image, "image_mean", None) or (0.5, 0.5, 0.5)
         std = getattr(image, "image_std", None) or (0.5, 0.5, 0.5)
         return torch.tensor(mean), torch.tensor(std)
-
-
-def layer_statistics(hidden: Sequence[Tensor]) -> Tensor:
-    """Return (b, f): mean and standard deviation over tokens at four depths of a tower.
-
-    Low layers tell the style of an image, high layers its content; a selector needs both. Each
-    statistic is normalised over its width, so that no layer outweighs another.
-    """
-    parts = []
-    for index in _statistic_layers(len(hidden)):
-        tokens = hidden[index].float()
-        parts.append(F.layer_norm(tokens.mean(dim=1), tokens.shape[2:]))
-        parts.append(F.layer_norm(tokens.std(dim=1), tokens.shape[2:]))
-    return torch.cat(parts, dim=1)
-
-
-def _statistic_layers(depth: int) -> list[int]:
-    """Return four of ``depth`` tensors, the embeddings first and the last block last."""
-    return sorted({round((depth - 1) * share / 3) for share in range(4)})
 
 
 def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> DualEncoder:
@@ -350,47 +369,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def _pooled(output: Any) -> Tensor:
-    """Transformers 5 returns an output object, 4 returned the tensor."""
-    pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return pooled
-
-
-def _layers(layers: Sequence[int] | None, depth: int, tower: str) -> list[int]:
-    if layers is None:
-        return list(range(depth))
-    wrong = [layer for layer in layers if not -depth <= layer < depth]
-    if wrong:
-        raise ConfigError(
-            f"layers_to_transform: the {tower} tower has {depth} blocks; got {wrong[0]}"
-        )
-    return sorted({layer % depth for layer in layers})
-
-
-def _mlp_site(block: Any, tower: str, index: int) -> Site:
-    width = block.layer_norm2.normalized_shape[0]
-    return Site(
-        tower=tower,
-        layer=index,
-        name=f"{tower}.{index}.mlp",
-        kind="mlp",
-        module=block.mlp,
-        norm=block.layer_norm2,
-        d_in=width,
-        d_out=width,
-    )
-
-
-def _linear_site(block: Any, tower: str, index: int, target: str) -> Site:
-    module = block.get_submodule(LINEARS[target])
-    return Site(
-        tower=tower,
-        layer=index,
-        name=f"{tower}.{index}.{target}",
-        kind="linear",
-        module=module,
-        d_in=module.in_features,
-        d_out=module.out_features,
-    )

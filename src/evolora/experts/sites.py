@@ -109,14 +109,20 @@ class SiteHost:
         self._routes: dict[str, Route] = {}
         self._handles: list[RemovableHandle] = []
         self._linears: list[_LinearSite] = []
+        self._lowest: dict[str, int] = {}
 
     @property
     def folded_bytes(self) -> int:
         """Bytes of all folded weights kept now."""
         return sum(linear.folds.nbytes for linear in self._linears if linear.folds)
 
+    def lowest(self, tower: str) -> int | None:
+        """Return the lowest block of a tower that has a site, or None if none has."""
+        return self._lowest.get(tower)
+
     def insert(self, site: Site, layer: ExpertLayer) -> None:
         """Let ``layer`` add to ``site`` from the next forward on."""
+        self._lowest[site.tower] = min(site.layer, self._lowest.get(site.tower, site.layer))
         if site.norm is None:
             linear = _LinearSite(self, site, layer)
             self._linears.append(linear)
@@ -145,6 +151,7 @@ class SiteHost:
         self._handles.clear()
         self._linears.clear()
         self._routes.clear()
+        self._lowest.clear()
 
     def set_route(self, tower: str, route: Route) -> None:
         """Put the route in place for the tower's forwards until the next call."""

@@ -8,7 +8,7 @@ gate mixes them, who recognises the task, and what is frozen.
 
 from __future__ import annotations
 
-import weakref
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from evolora.backbones.base import Backbone, Batch, Encoded
 from evolora.errors import ConfigError
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
+from evolora.methods.versions import TensorVersions
 from evolora.routing.features import FeatureExtractor
 from evolora.routing.route import BASE, Route
 from evolora.routing.selector import AlwaysSelector, Selector
@@ -68,6 +69,7 @@ class Method(nn.Module):
         config_class: frozen dataclass of the method's settings.
         routing: how it knows the task at inference: "task-free", told by an "oracle", or "none".
         joint: True trains on all tasks at once (an upper bound, not a continual learner).
+        replaces_weights: True runs the model with other weights than the frozen ones.
 
     Args:
         config: instance of ``config_class``.
@@ -78,6 +80,7 @@ class Method(nn.Module):
     config_class: ClassVar[type]
     routing: Routing = "none"
     joint: ClassVar[bool] = False
+    replaces_weights: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
@@ -89,8 +92,10 @@ class Method(nn.Module):
         self.labels: list[LabelSpace] = []
         self.task_names: list[str] = []
         self.objective = Objective()
-        self._seen: list[tuple[weakref.ref[Tensor], int, int]] = []
+        self.reuse = True  # what lies below the experts is computed once (training.prefix_cache)
+        self._tensors = TensorVersions()
         self._version = 0
+        self._route_states: dict[int, str | None] = {}
         self.extractors: dict[str, FeatureExtractor] = {}
 
     # -- learning --------------------------------------------------------------------------------
@@ -134,6 +139,7 @@ class Method(nn.Module):
                 random=batch.random.whole() if batch.random else None,
                 classes=subset,
                 ensemble=False,
+                reuse=self.reuse,
             )
             logits = self.backbone.logits(embedding, classes)
         loss = nn.functional.cross_entropy(
@@ -179,13 +185,32 @@ class Method(nn.Module):
         self, batch: Batch, encoded: Encoded | None, tasks: Tensor, labels: LabelSpace
     ) -> Prediction:
         """Return class probabilities of rows whose tasks (b,) are known."""
+        return self.score(self.embed(batch, encoded, tasks), tasks, labels)
+
+    def embed(self, batch: Batch, encoded: Encoded | None, tasks: Tensor) -> Tensor:
+        """Return the embedding (b, p) of each row under its own task's experts, or the base's.
+
+        The rows of all tasks run in one forward; those of the base are not run again if ``encoded``
+        has their pass.
+        """
+        tasks = tasks.to(self.backbone.device)
+        rows, others = torch.nonzero(tasks != BASE)[:, 0], torch.nonzero(tasks == BASE)[:, 0]
+        if len(rows) == 0:
+            return self._embed_base(batch, encoded)
+        if len(others) == 0:
+            return self._embed_experts(batch, tasks)
+        experts = self._embed_experts(batch.take(rows), tasks[rows])
+        base = self._embed_base(batch.take(others), encoded.take(others) if encoded else None)
+        return torch.cat([experts, base.to(experts.dtype)])[torch.cat([rows, others]).argsort()]
+
+    def score(self, embedding: Tensor, tasks: Tensor, labels: LabelSpace) -> Prediction:
+        """Return class probabilities of embeddings (b, p) under the classes of their tasks (b,)."""
         logits: Tensor | None = None
         for task in torch.unique(tasks).tolist():
             rows = torch.nonzero(tasks == task).squeeze(1)
-            embedding = self._embedding(batch, encoded, task, rows)
-            part = self.backbone.logits(embedding, self.classifier(labels, task))
+            part = self.backbone.logits(embedding[rows], self.classifier(labels, task))
             if logits is None:
-                logits = part.new_empty(len(batch), part.shape[1])
+                logits = part.new_empty(len(embedding), part.shape[1])
             logits[rows] = part
         assert logits is not None
         return Prediction(scores=torch.softmax(logits, dim=1), tasks=tasks)
@@ -199,40 +224,70 @@ class Method(nn.Module):
         """Return (c, p) class embeddings under the experts of ``task`` (or BASE)."""
         if task == BASE:
             with self.backbone.host.disabled():
-                return self.backbone.class_embeddings(labels, BASE)
+                return self.backbone.class_embeddings(labels, BASE, reuse=self.reuse)
         with self.weights():
-            return self.backbone.class_embeddings(labels, task, version=self._state_version())
+            return self.backbone.class_embeddings(
+                labels, task, version=self._state_version(), reuse=self.reuse
+            )
 
     def _state_version(self) -> int:
-        """Return a number that changes with every in-place or whole change of the tensors.
-
-        Tensors are known by weak reference, not by address: an address is used again after a tensor
-        is replaced. (A write through ``tensor.data`` is hidden from autograd, and from this.)
-        """
-        now = [(t, t._version, t.data_ptr()) for t in (*self.parameters(), *self.buffers())]
-        same = len(now) == len(self._seen) and all(
-            known() is t and (version, address) == (t_version, t_address)
-            for (known, version, address), (t, t_version, t_address) in zip(
-                self._seen, now, strict=True
-            )
-        )
-        if not same or self._version == 0:
-            self._seen = [(weakref.ref(t), version, address) for t, version, address in now]
+        """Return a number that changes with every in-place or whole change of the tensors."""
+        if self._tensors.changed((*self.parameters(), *self.buffers())):
             self._version = self.backbone.new_state()
+            self._route_states.clear()
         return self._version
 
-    def _embedding(self, batch: Batch, encoded: Encoded | None, task: int, rows: Tensor) -> Tensor:
-        everything = len(rows) == len(batch)
-        if task == BASE and encoded is not None:
-            return encoded.embedding[rows]
-        part = batch if everything else batch.take(rows)
-        if task == BASE:
-            return self.backbone.encode_base(part, features=False).embedding
-        route = Route.of(
-            task, len(part), device=self.backbone.device, summary=self.backbone.vision_summary
-        )
+    def route_tensors(self, task: int) -> Sequence[Tensor] | None:
+        """Return every tensor that decides how ``task`` is answered, where that can be told.
+
+        As long as they are the same, an input that was answered is not run again. Default: None.
+        """
+        return None
+
+    def _embed_base(self, batch: Batch, encoded: Encoded | None) -> Tensor:
+        return (encoded or self.backbone.encode_base(batch, features=False)).embedding
+
+    def _embed_experts(self, batch: Batch, tasks: Tensor) -> Tensor:
+        """Return the embedding (b, p) of rows that experts answer."""
+        distinct = torch.unique(tasks).tolist()
+        if len(distinct) == 1:
+            return self._embed_task(batch, distinct[0])
         with self.weights():
-            return self.backbone.encode(part, route)
+            return self.backbone.encode(batch, Route(tasks, summary=self.backbone.vision_summary))
+
+    def _embed_task(self, batch: Batch, task: int) -> Tensor:
+        """Return the embedding (b, p) under one task; kept if its experts tell their state."""
+        state = self._route_state(task) if batch.known else None
+
+        def run(part: Batch) -> Tensor:
+            route = Route.of(
+                task, len(part), device=self.backbone.device, summary=self.backbone.vision_summary
+            )
+            with self.weights():
+                return self.backbone.encode(part, route)
+
+        if batch.known is None or state is None:
+            return run(batch)
+        found = batch.known.memory.passes.fetch(
+            (state,),
+            batch.known.samples,
+            lambda rows: {state: run(batch.take(rows))},
+            context=self.backbone.context(),
+        )
+        return found[state].to(self.backbone.device)
+
+    def _route_state(self, task: int) -> str | None:
+        """Return a digest of all that decides a task's answers, or None."""
+        self._state_version()  # forgets digests of another state
+        if task not in self._route_states:
+            tensors = self.route_tensors(task)
+            self._route_states[task] = None
+            if tensors is not None:
+                digest = hashlib.blake2b(f"{self.config}/{task}".encode(), digest_size=16)
+                for tensor in tensors:
+                    digest.update(tensor.detach().cpu().contiguous().numpy().data)
+                self._route_states[task] = digest.hexdigest()
+        return self._route_states[task]
 
     # -- shared helpers --------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class FullFinetuning(Method):
     """All weights train on each task in turn."""
 
     config_class = FullFinetuningConfig
+    replaces_weights = True
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)

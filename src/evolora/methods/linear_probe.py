@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from evolora.backbones.base import Backbone, Batch, Encoded
 from evolora.experts.bank import GrowingStack
-from evolora.methods.base import Method, Prediction
+from evolora.methods.base import Method
 from evolora.registry import METHODS
 from evolora.routing.route import BASE
 from evolora.streams.task import LabelSpace
@@ -64,13 +64,9 @@ class LinearProbe(Method):
         )
         return {"loss": loss, "task": loss.detach()}
 
-    def answer(
-        self, batch: Batch, encoded: Encoded | None, tasks: Tensor, labels: LabelSpace
-    ) -> Prediction:
-        """Return class probabilities; the label space says which vectors are used."""
-        embedding = self.backbone.encode_base(batch, features=False).embedding
-        logits = self.backbone.logits(embedding, self.classifier(labels, BASE))
-        return Prediction(scores=torch.softmax(logits, dim=1), tasks=tasks)
+    def embed(self, batch: Batch, encoded: Encoded | None, tasks: Tensor) -> Tensor:
+        """Return the base's embedding: the label space alone says which vectors are used."""
+        return (encoded or self.backbone.encode_base(batch, features=False)).embedding
 
     def classifier(self, labels: LabelSpace, task: int) -> Tensor:
         """Return (c, p): learned vectors where a task taught the class, else prompt embeddings."""

@@ -151,6 +151,12 @@ class LoRAPerTask(_LoRA):
         super().__init__(config, backbone, seed=seed)
         self.selector = OracleSelector()
 
+    def route_tensors(self, task: int) -> list[Tensor]:
+        """Return the task's own experts: they alone answer it."""
+        layers = [layer for layer in self.layers.values() if isinstance(layer, LoRALayer)]
+        own = torch.tensor([task])
+        return [stack.take(own) for layer in layers for stack in layer.bank.stacks()]
+
     def finish_task(self) -> None:
         """Freeze the task's expert."""
         for layer in self.layers.values():

@@ -102,7 +102,7 @@ class AutoEncoderBank(nn.Module):
             )
         ]
         optimizer = torch.optim.Adam(
-            weights, lr=training.learning_rate, weight_decay=training.weight_decay
+            weights, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
         )
         for step in range(training.steps):
             for group in optimizer.param_groups:
@@ -123,8 +123,9 @@ class AutoEncoderBank(nn.Module):
         chunks = [features.new_empty(len(features), 0)]
         for start in range(0, len(self), TASKS_PER_CHUNK):
             part = slice(start, min(start + TASKS_PER_CHUNK, len(self)))
-            w1, b1, w2, b2 = (stack.all()[part] for stack in self.networks())
-            z = _squash(features.unsqueeze(0), self.squash, self.center.all()[part, None])
+            # Fitted rows are frozen in order, so parts of the buffers are views of them.
+            w1, b1, w2, b2 = (stack.frozen[part] for stack in self.networks())
+            z = _squash(features.unsqueeze(0), self.squash, self.center.frozen[part, None])
             code = torch.relu(torch.bmm(z.expand(len(w1), -1, -1), w1) + b1.unsqueeze(1))
             out = self._output(torch.bmm(code, w2) + b2.unsqueeze(1))
             chunks.append((out - z).square().mean(dim=2).T)

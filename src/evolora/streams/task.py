@@ -30,7 +30,10 @@ class Example:
 
 @runtime_checkable
 class Examples(Protocol):
-    """A map-style data set: length and random access by index. Decoding happens on access."""
+    """A map-style data set: length and random access by index. Decoding happens on access.
+
+    A row is the same sample each time it is asked for: what a model made of it is kept.
+    """
 
     def __len__(self) -> int: ...
 

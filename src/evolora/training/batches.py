@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from evolora.errors import EvoloraError
 from evolora.randomness import StepRandom, derive_seed, generator
 from evolora.streams.task import Example, Examples
 from evolora.training.config import TrainingConfig
+from evolora.training.samples import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class TrainingBatches:
         seed: run seed.
         task: index of the task.
         share: this process's part.
+        samples: where samples are remembered, so that results on them are computed once; not used
+            where training augments.
     """
 
     def __init__(
@@ -68,8 +72,10 @@ class TrainingBatches:
         seed: int,
         task: int,
         share: Share,
+        samples: Samples | None = None,
     ) -> None:
         self.data, self.backbone, self.config = data, backbone, config
+        self.samples = None if config.augment else samples
         self.seed, self.task, self.share = seed, task, share
         self.rows = ShuffledRows(len(data), seed, "order", task)
 
@@ -82,29 +88,47 @@ class TrainingBatches:
             for micro in range(config.gradient_accumulation_steps)
         ]
         first = step * config.gradient_accumulation_steps
+        for offset, (rows, examples) in enumerate(zip_longest(plan, self._read(plan))):
+            yield self._batch(rows, examples, first + offset)
+
+    def _read(self, plan: list[list[int]]) -> Iterator[list[Example]]:
+        """Yield the samples of each batch that has to be read ahead.
+
+        Where samples are remembered, a batch reads what it misses by itself; worker processes read
+        about one epoch ahead of it, in which every row is met for the first time.
+        """
+        if self.samples is not None:
+            epoch = -(-len(self.data) // self.config.per_device_train_batch_size)
+            plan = plan[:epoch] if self.config.dataloader_num_workers else []
+        if not plan:
+            return
         loader: DataLoader[Any] = DataLoader(
             _Indexed(self.data),
             batch_sampler=plan,
-            num_workers=config.dataloader_num_workers,
+            num_workers=self.config.dataloader_num_workers,
             collate_fn=_all_read,
         )
-        for offset, examples in enumerate(loader):
+        for examples in loader:
             if isinstance(examples, EvoloraError):
                 raise examples
-            yield self._batch(examples, first + offset)
+            yield examples
 
     def _own_rows(self, micro_step: int) -> list[int]:
         size = self.config.per_device_train_batch_size
         start = micro_step * size * self.share.count + self.share.index * size
         return self.rows.take(start, size)
 
-    def _batch(self, examples: list[Example], micro_step: int) -> Batch:
+    def _batch(self, rows: list[int], examples: list[Example] | None, micro_step: int) -> Batch:
         size = self.config.per_device_train_batch_size
         random = StepRandom(
             derive_seed(self.seed, "step", self.task, micro_step),
             first_row=self.share.index * size,
             global_rows=size * self.share.count,
         )
+        if self.samples is not None:
+            batch = self.samples.batch(self.data, rows, task=self.task, examples=examples)
+            return batch.with_random(random)
+        assert examples is not None
         batch = self.backbone.collate(
             examples, task=self.task, random=random if self.config.augment else None
         )
@@ -112,12 +136,23 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    data: Examples, backbone: Backbone, size: int, rows: range
+    data: Examples, backbone: Backbone, size: int, rows: range, samples: Samples | None = None
 ) -> Iterator[Batch]:
-    """Yield the given rows of a data set in order, without augmentation."""
+    """Yield the given rows of a data set in order, without augmentation.
+
+    Args:
+        data: data set.
+        backbone: turns samples into tensors.
+        size: rows of a batch.
+        rows: which.
+        samples: where samples are remembered; None reads them and computes all anew.
+    """
     for start in range(rows.start, rows.stop, size):
         part = range(start, min(start + size, rows.stop))
-        yield backbone.collate([data[row] for row in part])
+        if samples is None:
+            yield backbone.collate([data[row] for row in part])
+        else:
+            yield samples.batch(data, part)
 
 
 class _Indexed(Dataset[Any]):

@@ -9,6 +9,12 @@ from typing import Any, Literal
 
 from evolora.errors import ConfigError
 
+CHOICES = {
+    "mixed_precision": ("no", "bf16"),
+    "prefix_cache": ("auto", "off", "ram", "file"),
+    "prefix_cache_dtype": ("auto", "float32", "float16"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -30,6 +36,14 @@ class TrainingConfig:
         logging_steps: steps between log lines.
         dataloader_num_workers: processes that read images; 0 reads in the training process.
         mixed_precision: "no" or "bf16" (fp16 needs a loss scaler, gains nothing).
+        gradient_checkpointing: keep only the inputs of blocks and run each again in backward: less
+            memory, a third more time.
+        prefix_cache: keep activations below the lowest expert: "ram", "file" (a temporary file),
+            "off", or "auto", which is "ram" wherever it is possible.
+        prefix_cache_bytes: its bound; what does not fit is computed each time.
+        prefix_cache_dtype: "float32", "float16" (half the room, rounds), or "auto": float16 in a
+            file, float32 in memory.
+        prefix_cache_dir: folder of the file; None is the system's temporary folder.
         report_to: accelerate trackers ("tensorboard", "trackio", "wandb"); JSONL is always written.
     """
 
@@ -50,6 +64,11 @@ class TrainingConfig:
     logging_steps: int = 10
     dataloader_num_workers: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    prefix_cache: Literal["auto", "off", "ram", "file"] = "auto"
+    prefix_cache_bytes: int = 2 * 2**30
+    prefix_cache_dtype: Literal["auto", "float32", "float16"] = "auto"
+    prefix_cache_dir: str | None = None
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -69,7 +88,12 @@ class TrainingConfig:
         for name, rate in {"learning_rate": self.learning_rate, **rates}.items():
             if not rate > 0 or not math.isfinite(rate):
                 faults.append(f"{name} must be positive; got {rate}")
-        for name in ("warmup_steps", "dataloader_num_workers", "weight_decay"):
+        for name in (
+            "warmup_steps",
+            "dataloader_num_workers",
+            "weight_decay",
+            "prefix_cache_bytes",
+        ):
             if not getattr(self, name) >= 0:
                 faults.append(f"{name} must be at least 0; got {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
@@ -81,13 +105,22 @@ class TrainingConfig:
             faults.append(
                 f"max_classes_per_step must be at least 2 or None; got {self.max_classes_per_step}"
             )
-        if self.mixed_precision not in ("no", "bf16"):
-            faults.append(f"mixed_precision must be 'no' or 'bf16'; got {self.mixed_precision!r}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                known = " or ".join(repr(choice) for choice in allowed)
+                faults.append(f"{name} must be {known}; got {getattr(self, name)!r}")
         trackers: Any = self.report_to
         if isinstance(trackers, str):
             faults.append(f"report_to must be a list of trackers; got {trackers!r}")
         if faults:
             raise ConfigError("; ".join(faults))
+
+    @property
+    def cached_dtype(self) -> str:
+        """Type in which prefixes are kept: "float32" or "float16"."""
+        if self.prefix_cache_dtype != "auto":
+            return self.prefix_cache_dtype
+        return "float16" if self.prefix_cache == "file" else "float32"
 
 
 def learning_rate(step: int, *, base: float, warmup: int, total: int) -> float:

@@ -30,6 +30,7 @@ from evolora.storage.files import read_json, sweep_temporary, write_json
 from evolora.storage.state import export_state, load_state
 from evolora.streams.task import LabelSpace, Stream, Task
 from evolora.training.progress import Reporter
+from evolora.training.samples import Samples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -86,6 +87,7 @@ class ContinualRun:
         stream: the stream, if it is at hand already.
         backbone: the backbone, if it is at hand already (several runs may share one).
         reporter: progress; its log is set to the run's ``log.jsonl``.
+        samples: what is known of samples already, from a run on the same backbone.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class ContinualRun:
         stream: Stream | None = None,
         backbone: Any | None = None,
         reporter: Reporter | None = None,
+        samples: Samples | None = None,
     ) -> None:
         from evolora.backbones.clip import load_dual_encoder
         from evolora.training.runtime import build_accelerator
@@ -118,6 +121,8 @@ class ContinualRun:
             evaluation_batch_size=config.evaluation.batch_size,
             accelerator=self.accelerator,
             reporter=self.reporter,
+            evaluation_cache=config.evaluation.cache,
+            samples=samples,
         )
         names = [task.name for task in self.stream]
         for name in config.training.learning_rates:
@@ -214,6 +219,8 @@ class ContinualRun:
                 evaluation_batch_size=self.config.evaluation.batch_size,
                 accelerator=self.accelerator,
                 reporter=self.reporter,
+                evaluation_cache=self.config.evaluation.cache,
+                samples=self.learner.samples,
             )
             return {task.name: plain.evaluate(task).score for task in tasks}
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FUSED = ("cpu", "cuda")
+"""Devices on which AdamW updates all of a parameter in one pass."""
 Save = Callable[[int, Mapping[str, Tensor]], None]
 
 
@@ -72,11 +74,13 @@ def train_task(
     parameters = method.trainable()
     if not parameters or start >= run.total_steps:
         return None
+    fused = all(parameter.device.type in FUSED for parameter in parameters.values())
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=run.base_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
+        fused=fused,
     )
     _restore(optimizer, parameters, moments or {})
     model = distributed(method, accelerator)
@@ -104,12 +108,15 @@ def train_task(
             if save and done % config.save_steps == 0 and done < run.total_steps:
                 save(done, _moments(optimizer, parameters))
     method.eval()
-    accelerator.free_memory()
+    if model is not method:
+        accelerator.free_memory()
     return loss
 
 
 def distributed(method: Method, accelerator: Accelerator) -> torch.nn.Module:
     """Return the method, wrapped to average gradients where there are several processes."""
+    if accelerator.num_processes == 1:
+        return method
     with warnings.catch_warnings():
         # torch 2.13 deprecates broadcast_buffers but has no other way yet to leave the buffers of
         # each process (usage counts) alone when the method is wrapped.
@@ -180,4 +187,5 @@ def _restore(
         keys = [key for key in (*MOMENTS, "step") if f"optimizer.{key}.{name}" in moments]
         for key in keys:
             value = moments[f"optimizer.{key}.{name}"].clone()
-            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+            stays = key == "step" and parameter.device.type not in FUSED
+            optimizer.state[parameter][key] = value if stays else value.to(parameter.device)

@@ -1,0 +1,128 @@
+"""Batch: samples on their way to a frozen model, and what one pass through its base gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from evolora.backbones.memory import Known
+from evolora.randomness import StepRandom
+
+
+class LazyInputs(Mapping[str, Tensor]):
+    """Inputs that are read when first asked for: what is known of a sample needs no decoding.
+
+    Args:
+        names: inputs there will be.
+        rows: rows of ``read`` that this mapping stands for.
+        read: from row numbers to the inputs of these rows.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        read: Callable[[Sequence[int]], Mapping[str, Tensor]],
+    ) -> None:
+        self._names, self._rows, self._read = tuple(names), tuple(rows), read
+        self._values: Mapping[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._values is None:
+            self._values = self._read(self._rows)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def take(self, rows: Sequence[int]) -> Mapping[str, Tensor]:
+        """Return the given rows, still unread if nothing was read yet."""
+        if self._values is not None:
+            return {name: value[list(rows)] for name, value in self._values.items()}
+        return LazyInputs(self._names, [self._rows[row] for row in rows], self._read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Activations with which a tower can go on, instead of beginning with the inputs.
+
+    Args:
+        cut: block that is run next.
+        hidden: (b, n, d) activations entering it.
+    """
+
+    cut: int
+    hidden: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Preprocessed samples on the model's device.
+
+    Args:
+        inputs: name -> tensor with rows first, as the model's towers take them.
+        labels: (b,) int64 class index.
+        keys: identifier of each sample.
+        task: index of the samples' task in the stream; read in training and by oracles only.
+        random: randomness of the training step; None in evaluation.
+        step_labels: class indices of the whole global batch where several processes share it.
+        known: which samples these are and where results on them are kept; None computes all anew.
+        prefix: activations of the vision tower to go on from; None begins with the inputs.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    keys: tuple[str, ...]
+    task: int | None = None
+    random: StepRandom | None = None
+    step_labels: Tensor | None = None
+    known: Known | None = None
+    prefix: Prefix | None = None
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def with_random(self, random: StepRandom) -> Batch:
+        """Return the same samples with a training step's randomness."""
+        return replace(self, random=random)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Return the given rows as a batch of their own."""
+        chosen = rows.tolist()
+        if isinstance(self.inputs, LazyInputs):
+            inputs = self.inputs.take(chosen)
+        else:
+            inputs = {name: value[rows] for name, value in self.inputs.items()}
+        return replace(
+            self,
+            inputs=inputs,
+            labels=self.labels[rows],
+            keys=tuple(self.keys[row] for row in chosen),
+            known=self.known.take(chosen) if self.known else None,
+            prefix=replace(self.prefix, hidden=self.prefix.hidden[rows]) if self.prefix else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What one pass through the untouched base gives: reused for routing and for base answers.
+
+    Args:
+        embedding: (b, p) what the base model's answer is computed from.
+        features: name -> (b, f) routing features.
+    """
+
+    embedding: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def take(self, rows: Tensor) -> Encoded:
+        """Return the given rows."""
+        features = {name: value[rows] for name, value in self.features.items()}
+        return Encoded(embedding=self.embedding[rows], features=features)

@@ -1,0 +1,30 @@
+"""Noticing that tensors have changed, without reading them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+class TensorVersions:
+    """Remembers tensors and their counts of in-place writes.
+
+    Tensors are known by weak reference, not by address: an address is used again after a tensor is
+    replaced. (A write through ``tensor.data`` is hidden from autograd, and from this.)
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[weakref.ref[Tensor], int, int]] | None = None
+
+    def changed(self, tensors: Iterable[Tensor]) -> bool:
+        """Return whether these are other tensors, or written to, since the last call."""
+        now = [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
+        seen = self._seen
+        if seen is not None and len(now) == len(seen):
+            pairs = zip(seen, now, strict=True)
+            if all(known() is t and rest == of_t for (known, *rest), (t, *of_t) in pairs):
+                return False
+        self._seen = [(weakref.ref(t), version, address) for t, version, address in now]
+        return True

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolora.backbones.clip import DualEncoder, layer_statistics
+from evolora.backbones.blocks import layer_statistics, statistic_layers
+from evolora.backbones.clip import DualEncoder
 from evolora.bench.peft_tower import peft_hidden, peft_installed, peft_one_pass_each, peft_tower
 from evolora.bench.references import RoutedLoopLayer
 from evolora.bench.session import Session, rotated
@@ -96,7 +97,8 @@ def recognising(session: Session, batch: int) -> None:
     x = pixels(s, batch)
     with torch.no_grad():
         tower: Any = backbone.model.get_submodule("vision_model")
-        states = tower(pixel_values=x, output_hidden_states=True).hidden_states
+        every = tower(pixel_values=x, output_hidden_states=True).hidden_states
+    states = [every[depth] for depth in statistic_layers(len(every))]
     both = whole, part = f"forward, {layers} layers", f"recognise 1 of {TASKS} tasks"
     forward = Variant(name=whole, run=hidden(backbone), passes=("forward",), forward_base=whole)
     recognise = replace(forward, name=part, run=lambda _: scorer.errors(layer_statistics(states)))

@@ -40,6 +40,7 @@ class Variant:
         modules: whose gradients a step leaves behind; they are dropped at its end.
         forward_base, step_base: the variants whose pass counts as 1.
         reference: float64 output on the first input; None where there is nothing to compare with.
+        max_error: relative difference from it that rounding explains; None takes the dtype's.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Variant:
     forward_base: str = "frozen base"
     step_base: str = "floor"
     reference: Tensor | None = None
+    max_error: float | None = None
 
     def once(self, which: Pass, x: Any) -> Tensor:
         """Run one pass and return its output."""

@@ -28,15 +28,15 @@ TARGETS = ("q_proj", "v_proj", "fc1", "fc2")
 WIDTH, MLP, HEADS = 768, 3072, 12
 END_TOKEN = 1023
 LABELS = LabelSpace(classes=("a", "b"))
-FindSites = Callable[[DualEncoder], list[Site]]
+FindSites = Callable[[Backbone], list[Site]]
 
 
-def linear_sites(backbone: DualEncoder) -> list[Site]:
+def linear_sites(backbone: Backbone) -> list[Site]:
     """Return the vision tower's Linears that get a LoRA."""
     return backbone.sites("linear", towers=("vision",), target_modules=TARGETS)
 
 
-def mlp_sites(backbone: DualEncoder) -> list[Site]:
+def mlp_sites(backbone: Backbone) -> list[Site]:
     """Return the places beside the vision tower's MLPs."""
     return backbone.sites("mlp", towers=("vision",))
 

@@ -95,7 +95,7 @@ def test_short_calls_are_repeated_and_their_time_divided() -> None:
         return x
 
     only = Variant(name="v", run=run, passes=ONCE, forward_base="v")
-    comparison = Comparison([only], [torch.ones(1)], Script(iter([0.001, 0.02])))
+    comparison = Comparison([only], [torch.ones(1)], Script(iter([0.05, 0.001, 0.02])))
     comparison.warm_up()
     calls = 0
     comparison.play_round()

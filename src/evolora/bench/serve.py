@@ -49,7 +49,7 @@ def measure(session: Session) -> None:
         "adapters",
         s.either(ADAPTERS, (1, 16)),
         lambda adapters: (serving(backbone, inputs[0], adapters), inputs),
-        rounds=s.either(9, 5),
+        rounds=s.either(9, 3),
         passes=("forward",),
         note="Time over the frozen base's.",
     )
@@ -57,7 +57,7 @@ def measure(session: Session) -> None:
     session.goal("serve-mixed", max(ratio.median for ratio in mixed if ratio))
     one = done[1].ratio(ONE, "forward")
     session.goal("serve-one", one.median if one else None)
-    recognising(session, batch)
+    recognising(session)
 
 
 def serving(backbone: DualEncoder, x: Tensor, adapters: int) -> list[Variant]:
@@ -83,11 +83,11 @@ def serving(backbone: DualEncoder, x: Tensor, adapters: int) -> list[Variant]:
     return made
 
 
-def recognising(session: Session, batch: int) -> None:
+def recognising(session: Session) -> None:
     """Time the auto-encoders of 16 tasks, on features of a forward that runs anyway."""
     s = session.settings
-    layers = s.layers or s.either(12, 3)
-    backbone = build(s, layers, patch=32)
+    layers, batch = s.layers or 12, s.batch or s.either(8, 2)
+    backbone = build(s, layers)
     width = backbone.feature_widths()["layers"]
     scorer = AutoEncoderBank(width, 64, device=session.device)
     draw = generator(s.seed, "auto-encoders")
@@ -102,7 +102,8 @@ def recognising(session: Session, batch: int) -> None:
     both = whole, part = f"forward, {layers} layers", f"recognise 1 of {TASKS} tasks"
     forward = Variant(name=whole, run=hidden(backbone), passes=("forward",), forward_base=whole)
     recognise = replace(forward, name=part, run=lambda _: scorer.errors(layer_statistics(states)))
-    table = session.table("recognising the task", ("ms", "share of a forward"))
+    title = f"recognising the task, {layers} layers of ViT-B/16, {batch} images"
+    table = session.table(title, ("ms", "share of a forward"))
     comparison = session.time(table.title, [forward, recognise], [x], rounds=s.either(5, 3))
     shares = {name: comparison.between((name, "forward"), (whole, "forward")) for name in both}
     for name, share in shares.items():

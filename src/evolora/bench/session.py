@@ -106,14 +106,20 @@ class Session:
         return comparison
 
     def compare(
-        self, title: str, variants: Sequence[Variant], inputs: Sequence[Any], *, rounds: int
+        self,
+        title: str,
+        variants: Sequence[Variant],
+        inputs: Sequence[Any],
+        *,
+        rounds: int,
+        memory: bool = True,
     ) -> Comparison:
-        """Check, weigh and time the variants; fill a table with all of it and return the times."""
+        """Check, weigh (unless not wanted) and time the variants; put all of it into a table."""
         table = self.table(title)
         for variant in variants:
             table.put(variant.name, error=self.check(variant, inputs[0]))
         for variant in variants:
-            if "step" in variant.passes:
+            if memory and "step" in variant.passes:
                 table.put(variant.name, **self.weigh(variant, inputs[0]))
         return self.time(title, variants, inputs, rounds=rounds, table=table)
 

@@ -161,10 +161,12 @@ class Comparison:
         self._turn = 0
 
     def warm_up(self) -> None:
-        """Run every cell once untimed, and settle how often a timing repeats it."""
+        """Run every cell before it counts, and settle how often a timing repeats it."""
         for cell in self._cells:
-            self._call(cell)
-            self._repeats[cell] = max(1, math.ceil(MIN_SECONDS / max(self._time(cell), 1e-6)))
+            took = self._time(cell)
+            if took < 10 * MIN_SECONDS:  # much of a first call may be setting up
+                took = self._time(cell)
+            self._repeats[cell] = max(1, math.ceil(MIN_SECONDS / max(took, 1e-6)))
 
     def play_round(self) -> None:
         """Time every cell once, in an order of its own."""

@@ -47,7 +47,7 @@ LOOP, STACKED, MERGED = (f"{TASKS} experts on for all, {how}" for how in HOW)
 def measure(session: Session) -> None:
     """Compare adapters in a whole tower, then let the pool and the number of tasks grow."""
     s = session.settings
-    layers, batch = s.layers or s.either(3, 2), s.batch or s.either(8, 2)
+    layers, batch = s.layers or s.either(3, 2), s.batch or s.either(8, 1)
     backbone = build(s, layers)
     inputs = rotated(lambda: pixels(s, batch), session.device)
     variants = [
@@ -57,7 +57,7 @@ def measure(session: Session) -> None:
         *moe(backbone, inputs[0], EXPERTS),
     ]
     title = f"{layers} layers of ViT-B/16, {batch} images, {s.dtype}"
-    report(session, session.compare(title, variants, inputs, rounds=s.either(7, 5)))
+    report(session, session.compare(title, variants, inputs, rounds=s.either(7, 3)))
     grow(session)
 
 

@@ -51,13 +51,15 @@ HALF_ERROR = 1e-2
 def measure(session: Session) -> None:
     """Time steps on images with ever fewer layers adapted, then steps with class prompts."""
     s = session.settings
-    layers, batch = s.layers or 4, s.batch or s.either(4, 2)
-    backbone = build(s, layers, text_layers=s.either(4, 2))
+    layers, batch = s.layers or 4, s.batch or s.either(4, 1)
+    backbone = build(s, layers, text_layers=s.either(4, 1))
     images = [pixels(replace(s, seed=seed), batch) for seed in range(3)]
     variants = prefixes(backbone, images, layers)
     numbers = list(range(len(images)))
     title = f"{layers} layers of ViT-B/16, {batch} images, LoRA r {R}"
-    comparison = session.compare(title, variants, numbers, rounds=s.either(9, 5))
+    comparison = session.compare(
+        title, variants, numbers, rounds=s.either(9, 3), memory=not s.quick
+    )
     for goal, part in (("prefix-half", "top half"), ("prefix-quarter", "top quarter")):
         name = f"{part}, {HOW['ram']}"
         if name in comparison.variants:
@@ -88,7 +90,12 @@ def adapted(
 ) -> Variant:
     """Return a LoRA in some layers, on images whose prefixes are kept (or not)."""
     method = vision_lora(backbone, layers)
-    memory = build_memory(TrainingConfig(prefix_cache=cache, augment=False), backbone.device)
+    memory = build_memory(
+        TrainingConfig(
+            prefix_cache=cache, augment=False, per_device_train_batch_size=len(images[0])
+        ),
+        backbone.device,
+    )
     batches = []
     for number, image in enumerate(images):
         rows = tuple(f"{number}/{row}".encode() for row in range(len(image)))
@@ -177,7 +184,9 @@ def prompts(session: Session, backbone: DualEncoder, images: Sequence[Tensor]) -
     depths = f"{layers} vision and {len(backbone.blocks('text'))} text layers"
     title = f"{CLASSES} prompts of a frozen text tower, {depths}, {len(images[0])} images"
     numbers = list(range(len(images)))
-    comparison = session.compare(title, variants, numbers, rounds=s.either(9, 5))
+    comparison = session.compare(
+        title, variants, numbers, rounds=s.either(9, 3), memory=not s.quick
+    )
     ratio = comparison.ratio("prompts cached", "step")
     session.goal("text-cached", ratio.median if ratio else None)
 

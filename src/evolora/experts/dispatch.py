@@ -4,15 +4,14 @@ With n tokens that share a route, R = k * r active rank and e experts in the poo
 
     one route for all rows              shared   (frozen linear experts: see experts/merge.py)
     per sample, n >= 16 and R <= 2 n    gather   cost does not depend on e
-    per sample, n >= 16 and R >  2 n    sorted   copying factors would cost more than sorting tokens
-    n < 16, e * r <= 1024               stacked  one product over the whole pool
-    per token, e * r <= 256             stacked
+    per sample, n >= 16 and R >  2 n    sorted   copying factors costs more than sorting tokens
+    n < 16 or per token, e * r <= 128   stacked  one product over the whole pool
     otherwise                           sorted
 
-"sorted" means rows sorted by expert: one ``grouped_mm`` ("grouped"), or a product per expert
-("segments") where the segments are long enough. The numbers depend on the machine: they are fields
-of :class:`Thresholds`, have defaults per type of device, and ``evolora bench route --fit`` writes
-what it measured to a file that takes precedence.
+"sorted" means rows sorted by expert: one product per expert ("segments"), or one ``grouped_mm``
+where the segments are short ("grouped"). The numbers depend on the machine: they are fields of
+:class:`Thresholds`, have defaults per type of device, and ``evolora bench route --fit`` writes what
+it measured to a file that takes precedence.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from evolora.errors import StorageError, unknown_name
 from evolora.storage.files import read_json, write_json
@@ -44,16 +45,18 @@ class Thresholds:
 
     gather_min_tokens: int = 16
     gather_max_rank_per_token: float = 2.0
-    stacked_max_rows_single: int = 1024
-    stacked_max_rows_token: int = 256
-    segments_min_rows: int = 32
-    fold_min_tokens: int = 512
+    stacked_max_rows_single: int = 128
+    stacked_max_rows_token: int = 128
+    segments_min_rows: int = 16
+    fold_min_tokens: int = 2048
 
 
 DEFAULTS: dict[str, Thresholds] = {
     "cpu": Thresholds(),
     # A product per expert needs their sizes on the host: never on a GPU.
-    "cuda": Thresholds(segments_min_rows=2**31),
+    "cuda": Thresholds(
+        stacked_max_rows_single=1024, stacked_max_rows_token=256, segments_min_rows=2**31
+    ),
 }
 """Thresholds by type of device; other types use the GPU's."""
 
@@ -106,7 +109,7 @@ def save_thresholds(device: str, thresholds: Thresholds, path: Path | None = Non
     table[device] = thresholds
     values = {name: asdict(entry) for name, entry in table.items()}
     write_json(path, {"format_version": 1, "thresholds": values})
-    thresholds_for.cache_clear()
+    _thresholds_for.cache_clear()
     return path
 
 
@@ -122,12 +125,17 @@ def load_thresholds(path: Path) -> dict[str, Thresholds]:
     return {device: _checked(path, device, values) for device, values in table.items()}
 
 
-@lru_cache(maxsize=8)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def thresholds_for(device: str) -> Thresholds:
     """Return the thresholds of a type of device: fitted ones if there are any, else defaults.
 
     The user's file is read once per process, and again after :func:`save_thresholds`.
     """
+    return _thresholds_for(device)
+
+
+@lru_cache(maxsize=8)
+def _thresholds_for(device: str) -> Thresholds:
     path = thresholds_file()
     fitted = load_thresholds(path) if path.exists() else {}
     return fitted.get(device) or DEFAULTS.get(device, DEFAULTS["cuda"])

@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from evolora.experts.bank import ExpertBank
 
 MAX_ROUTES = 2
-"""Folded weights kept per site; each is as large as the weight itself."""
+"""Folded weights kept per site."""
 MAX_WAITING = 16
 """Routes whose tokens are counted until a folded weight pays."""
+
+
+_Key = tuple["AlwaysOn", torch.dtype, torch.device]
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,6 @@ class AlwaysOn:
 class _Folded:
     weight: Tensor
     sources: list[_Source]
-    trains: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +82,17 @@ class _Source:
 
 
 class FoldCache:
-    """Folded weights of one Linear: at most :data:`MAX_ROUTES`, the least recently used go first.
+    """Folded weights of one Linear, the least recently used go first.
 
     Args:
         module: the Linear.
         bank: the experts at it; linear ones.
+        max_routes: folded weights kept; each is as large as the weight itself.
     """
 
-    def __init__(self, module: nn.Module, bank: ExpertBank) -> None:
-        self.module, self.bank = module, bank
-        self._folded: OrderedDict[tuple[AlwaysOn, torch.dtype, torch.device], _Folded]
-        self._folded = OrderedDict()
+    def __init__(self, module: nn.Module, bank: ExpertBank, max_routes: int = MAX_ROUTES) -> None:
+        self.module, self.bank, self.max_routes = module, bank, max_routes
+        self._folded: OrderedDict[_Key, _Folded] = OrderedDict()
         self._waiting: OrderedDict[AlwaysOn, int] = OrderedDict()
 
     @property
@@ -98,50 +100,50 @@ class FoldCache:
         """Bytes of the weights kept."""
         return sum(entry.weight.nbytes for entry in self._folded.values())
 
-    def clear(self) -> None:
-        """Forget every folded weight."""
-        self._folded.clear()
-        self._waiting.clear()
-
-    def foldable(self, wanted: AlwaysOn) -> AlwaysOn:
-        """Return those of the wanted experts that need no gradient now."""
-        if not torch.is_grad_enabled():
-            return wanted
-        places, count = self.bank.A.places(), self.bank.A.frozen.shape[0]
-        trains = frozenset(expert for expert in wanted.ids if places[expert] >= count)
-        return wanted.without(trains)
-
-    def weight(self, experts: AlwaysOn, x: Tensor, min_tokens: int) -> Tensor | None:
-        """Return the folded weight, or None where there is none or it would not pay.
+    def lookup(
+        self, wanted: AlwaysOn, x: Tensor, min_tokens: int
+    ) -> tuple[Tensor, AlwaysOn] | None:
+        """Return the folded weight for an input and the experts in it, or None where none pays.
 
         In training the same experts meet every step, so they are folded at once, and a backward
         that recomputes decides as the forward did. At inference a route is folded when it has
-        served ``min_tokens``: a small or mixed stream of routes never merges more than it gains.
+        served ``min_tokens``: a mixed stream of routes never merges more than it gains.
 
         Args:
-            experts: what to fold; see :meth:`foldable`.
+            wanted: experts of all rows.
             x: input of the Linear.
             min_tokens: tokens from which a fold pays.
         """
         base = self.module._parameters.get("weight")
         if base is None or not self._fits(base, x):
             return None
-        training = torch.is_grad_enabled()
-        if training:
-            self._drop_training()
+        experts = self._without_gradient(wanted)
         key = (experts, base.dtype, base.device)
-        known = self._folded.get(key)
-        if known is not None and all(source.unchanged() for source in known.sources):
-            self._folded.move_to_end(key)
-            return known.weight
-        self._folded.pop(key, None)
-        if not training and not self._pays(experts, x.shape[:-1].numel(), min_tokens):
+        if torch.is_grad_enabled():
+            self._make_room(key)
+        if not experts.ids:
             return None
-        entry = self._fold(experts, base)
-        self._folded[key] = entry
-        while len(self._folded) > MAX_ROUTES:
+        entry = self._folded.get(key)
+        if entry is None or not all(source.unchanged() for source in entry.sources):
+            self._folded.pop(key, None)
+            if not self._pays(experts, x.shape[:-1].numel(), min_tokens):
+                return None
+            entry = self._fold(experts, base)
+            self._folded[key] = entry
+        self._folded.move_to_end(key)
+        while len(self._folded) > self.max_routes:
             self._folded.popitem(last=False)
-        return entry.weight
+        return entry.weight, experts
+
+    def _without_gradient(self, wanted: AlwaysOn) -> AlwaysOn:
+        if not torch.is_grad_enabled():
+            return wanted
+        return wanted.without(frozenset(wanted.ids) - frozenset(self.bank.frozen_ids()))
+
+    def _make_room(self, key: _Key) -> None:
+        """Forget other routes: training needs the memory, and a step may change what they hold."""
+        for other in [other for other in self._folded if other != key]:
+            del self._folded[other]
 
     def _fits(self, base: Tensor, x: Tensor) -> bool:
         """Only a plain weight on the input's device: not packed, offloaded, training or traced."""
@@ -152,6 +154,8 @@ class FoldCache:
         return not any(tensor.is_inference() for tensor in (base, *self._tensors(True, True)))
 
     def _pays(self, experts: AlwaysOn, tokens: int, min_tokens: int) -> bool:
+        if torch.is_grad_enabled():
+            return True
         served = self._waiting.pop(experts, 0) + tokens
         if served >= min_tokens:
             return True
@@ -160,11 +164,6 @@ class FoldCache:
             self._waiting.popitem(last=False)
         return False
 
-    def _drop_training(self) -> None:
-        """A step is about to change what trains, perhaps where no version counter sees it."""
-        for key in [key for key, entry in self._folded.items() if entry.trains]:
-            del self._folded[key]
-
     def _fold(self, experts: AlwaysOn, base: Tensor) -> _Folded:
         with torch.inference_mode(False), torch.no_grad():
             weight = merged(base, self.bank, experts.ids, experts.gates)
@@ -172,7 +171,7 @@ class FoldCache:
         old = any(places[expert] < count for expert in experts.ids)
         new = any(places[expert] >= count for expert in experts.ids)
         sources = [_Source.of(tensor) for tensor in (base, *self._tensors(old, new))]
-        return _Folded(weight, sources, trains=new)
+        return _Folded(weight, sources)
 
     def _tensors(self, frozen: bool, trainable: bool) -> list[Tensor]:
         found = [self.bank.A.slot]

@@ -84,7 +84,8 @@ def mix(
     if form == "auto":
         form = _choose(x, bank, ids, k)
     if not isinstance(ids, Tensor):
-        if form == "shared":
+        # Where rows stand is a fact of the moment, which a compiled graph must not freeze.
+        if form == "shared" and not torch.compiler.is_compiling():
             return _listed(out, x, bank, ids, weights, keep, overwrite)
         ids = torch.tensor(ids, device=x.device).unsqueeze(0)
     if form == "shared":

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from evolora.errors import RouteError
 from evolora.experts.bank import ExpertBank
 from evolora.experts.dispatch import Formulation, thresholds_for
-from evolora.experts.merge import AlwaysOn, FoldCache
+from evolora.experts.merge import MAX_ROUTES, AlwaysOn, FoldCache
 from evolora.routing.route import Route
 
 SiteKind = Literal["linear", "mlp"]
@@ -101,11 +101,13 @@ class SiteHost:
     Attributes:
         enabled: False runs the untouched base model; see :meth:`disabled`.
         merging: whether experts may be folded into the weights of their Linears.
+        max_routes: folded weights kept per Linear.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_routes: int = MAX_ROUTES) -> None:
         self.enabled = True
         self.merging = True
+        self.max_routes = max_routes
         self._routes: dict[str, Route] = {}
         self._handles: list[RemovableHandle] = []
         self._linears: list[_LinearSite] = []
@@ -223,7 +225,7 @@ class _LinearSite:
         self.host, self.site, self.layer = host, site, layer
         self.folds: FoldCache | None = None
         if isinstance(layer, FoldableLayer) and isinstance(site.module, nn.Linear):
-            self.folds = FoldCache(site.module, layer.bank)
+            self.folds = FoldCache(site.module, layer.bank, host.max_routes)
         self.folded: frozenset[int] = frozenset()
 
     def before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -232,12 +234,12 @@ class _LinearSite:
         if self.folds is None or "weight" in self.site.module.__dict__:
             return
         wanted = self.host._foldable(self.site, self.layer, x)
-        experts = None if wanted is None else self.folds.foldable(wanted)
-        if experts is None or not experts.ids:
+        if wanted is None:
             return
         limit = thresholds_for(x.device.type).fold_min_tokens
-        weight = self.folds.weight(experts, x, limit)
-        if weight is not None:
+        found = self.folds.lookup(wanted, x, limit)
+        if found is not None:
+            weight, experts = found
             self.site.module.__dict__["weight"] = weight
             self.folded = frozenset(experts.ids)
 

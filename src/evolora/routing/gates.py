@@ -166,6 +166,8 @@ class TaskRouters(nn.Module):
             key: name under which this site draws its noise.
             chance: whether the chances of all experts are wanted too.
         """
+        if torch.compiler.is_compiling():  # a graph must not freeze where routers stand now
+            uniform = None
         clean, first = self._known(self._logits(self.gate, c, tasks, uniform), tasks, uniform)
         noisy, std = clean, None
         if random is not None:

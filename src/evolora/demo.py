@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from evolora.training.progress import terminal_progress
 if TYPE_CHECKING:
     from evolora.config import RunConfig
     from evolora.report.records import RunRecord
+    from evolora.streams.task import Stream
+    from evolora.training.samples import Samples
 
 CONFIG = ROOT / "demo.yaml"
 POLL_SECONDS = 0.5
@@ -165,8 +168,28 @@ def _one(config: Mapping[str, Any], folder: Path) -> None:
     from evolora.training.continual import ContinualRun
 
     settings = parse_config(config)
-    if not _finished(folder, settings):
-        ContinualRun(settings, folder).run(resume=(folder / "config.json").exists())
+    if _finished(folder, settings):
+        return
+    stream, samples = _shared(json.dumps(settings.stream), settings.backbone.name_or_path)
+    run = ContinualRun(settings, folder, stream=stream, backbone=samples.backbone, samples=samples)
+    try:
+        run.run(resume=(folder / "config.json").exists())
+    finally:
+        run.learner.method.remove()
+
+
+@cache
+def _shared(stream: str, backbone: str) -> tuple[Stream, Samples]:
+    """Return what the runs of a process have in common: the tasks, and the base's view of them."""
+    from evolora.backbones.clip import load_dual_encoder
+    from evolora.config import load_stream
+    from evolora.training.config import TrainingConfig
+    from evolora.training.prefix_cache import build_memory
+    from evolora.training.samples import Samples
+
+    model = load_dual_encoder(backbone)
+    memory = build_memory(TrainingConfig(), model.device)
+    return load_stream(**json.loads(stream)), Samples(model, memory)
 
 
 def _finished(folder: Path, config: RunConfig) -> bool:

@@ -158,13 +158,14 @@ class PromptEncoder:
         reuse: bool,
     ) -> Tensor:
         """Return (rows, p) embeddings of some of the prompts."""
+        tokens = {name: value[list(rows)] for name, value in self.tokenize(prompts).items()}
         cut = self.backbone.host.lowest("text")
         if reuse and cut and self.backbone.host.enabled and not self.backbone.has_other_weights:
-            arguments = self._entering_block(prompts, cut)
-            if arguments is not None and (entering := arguments.take(rows)) is not None:
-                ids = self.tokenize(prompts)["input_ids"][list(rows)].to(self.backbone.device)
+            whole = self._entering_block(prompts, cut)
+            ids = self._trimmed(tokens)["input_ids"].to(self.backbone.device)
+            entering = whole.take(rows, ids.shape[1]) if whole is not None else None
+            if entering is not None:
                 return self._go_on(entering, cut, ids, task, random)
-        tokens = {name: value[list(rows)] for name, value in self.tokenize(prompts).items()}
         if torch.is_grad_enabled() or random is not None or len(rows) <= PROMPTS_PER_FORWARD:
             # One forward where gradients flow: a backward that recomputes must still find its
             # route, and noise is drawn per row of a forward.
@@ -250,10 +251,10 @@ class _Arguments:
     def of(self, hidden: Tensor) -> _Arguments:
         return _Arguments(hidden, self.args, self.kwargs)
 
-    def take(self, rows: Sequence[int]) -> _Arguments | None:
-        """Return the given rows; None where a mask of another kind cannot be divided."""
-        count = len(self.hidden)
-        if list(rows) == list(range(count)):
+    def take(self, rows: Sequence[int], length: int) -> _Arguments | None:
+        """Return the first ``length`` tokens of rows; None where a mask cannot be divided."""
+        count, longest = self.hidden.shape[:2]
+        if list(rows) == list(range(count)) and length == longest:
             return self
         others = [*self.args, *self.kwargs.values()]
         if not all(v is None or isinstance(v, Tensor | bool | int | float | str) for v in others):
@@ -261,11 +262,16 @@ class _Arguments:
         index = torch.tensor(rows, device=self.hidden.device)
 
         def own(value: Any) -> Any:
-            divided = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-            return value[index] if divided else value
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                return value
+            value = value[index] if len(value) == count else value
+            for axis in range(1, value.dim()):
+                if value.shape[axis] == longest:  # a mask's queries and keys
+                    value = value.narrow(axis, 0, length)
+            return value
 
         return _Arguments(
-            self.hidden[index],
+            self.hidden[index][:, :length],
             tuple(own(value) for value in self.args),
             {name: own(value) for name, value in self.kwargs.items()},
         )

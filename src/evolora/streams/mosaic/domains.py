@@ -27,6 +27,8 @@ from evolora.streams.sampling import Labelled, limited, make_task
 from evolora.streams.task import Example, LabelSpace, Stream, Task
 
 SPLITS = ("train", "val", "test")
+FORMATS = ("PNG", "WEBP")
+"""What pictures are packed as; PIL need not try all others first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class PackedImages:
         row = int(self.rows[index])
         start, stop = self.packed["offsets"][row : row + 2].tolist()
         encoded = self.packed["bytes"][start:stop].numpy().tobytes()
-        pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        pixels = np.asarray(Image.open(io.BytesIO(encoded), formats=FORMATS).convert("RGB"))
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         label = int(self.packed["label"][row])
         return Example(inputs={"image": image}, label=label, key=f"{self.name}/{row}")

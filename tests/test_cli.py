@@ -41,6 +41,7 @@ def test_help_does_not_import_torch() -> None:
         "report",
         "inspect",
         "metrics",
+        "bench",
         "ls",
         "data",
         "doctor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evolora.bench import towers
+from evolora.bench import towers, train
 from evolora.bench.settings import Settings
 
 
@@ -32,8 +32,16 @@ class TinyTower:
 
 
 @pytest.fixture
+def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the machine for granted and time every call once: here nobody reads the numbers."""
+    monkeypatch.setattr("evolora.bench.session.describe", lambda settings: {})
+    monkeypatch.setattr("evolora.bench.timing.MIN_SECONDS", 0.0)  # nothing is repeated
+
+
+@pytest.fixture
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every tower of the benches small."""
+    """Make every tower of the benches small, and its list of classes short."""
+    monkeypatch.setattr(train, "CLASSES", 3)
     for name, value in {"WIDTH": 32, "MLP": 64, "HEADS": 2, "IMAGE": 48}.items():
         monkeypatch.setattr(towers, name, value)
 

@@ -10,7 +10,13 @@ from evolora.bench.layer import Shape
 from evolora.bench.route import PASSES, Timed, fitted, grid
 from evolora.experts.dispatch import Thresholds
 
-START = Thresholds()
+START = Thresholds(
+    gather_min_tokens=16,
+    gather_max_rank_per_token=2.0,
+    stacked_max_rows_single=1024,
+    stacked_max_rows_token=256,
+    segments_min_rows=32,
+)
 SAMPLE = Shape(experts=64, r=16, k=2, tokens=1, batch=64)
 
 
@@ -33,6 +39,16 @@ def test_fitting_moves_the_threshold_that_costs_time() -> None:
     after = fitted([small, large], START)
     assert 128 <= after.stacked_max_rows_single < 1024
     assert all(one.regret(after, which) == 1.0 for one in (small, large) for which in PASSES)
+
+
+def test_fitting_never_ends_at_a_formulation_that_was_not_timed() -> None:
+    shape = replace(SAMPLE, tokens=50, batch=32, r=64)  # k * r = 128 > 2 n: sorted
+    untimed = Timed(
+        shape, {(f, p): s for f, s in (("gather", 2.0), ("grouped", 1.0)) for p in PASSES}
+    )
+    assert untimed.choice(START) == "segments"
+    assert untimed.regret(START, "step") == float("inf")
+    assert untimed.choice(fitted([untimed], START)) == "grouped"
 
 
 def test_fitting_leaves_alone_what_gains_nothing() -> None:

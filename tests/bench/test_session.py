@@ -11,6 +11,7 @@ from evolora.bench.settings import Settings
 from evolora.bench.timing import Variant
 from evolora.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("no_calibration")
 X = torch.randn(4, 4, requires_grad=True)
 
 
@@ -78,7 +79,8 @@ def test_a_sweep_has_a_column_per_value_and_leaves_the_base_out() -> None:
     )
     forward, step = session.result.tables
     assert list(forward.cells) == list(step.cells) == ["b"]
-    assert set(forward.cells["b"]) == {"1", "2"}
+    assert set(forward.cells["b"]) == {"1", "fastest 1", "2", "fastest 2"}
+    assert forward.texts()[0][0] == "b" and len(forward.texts()[0]) == 3
 
 
 @pytest.mark.parametrize(

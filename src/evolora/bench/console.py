@@ -18,11 +18,11 @@ def print_report(report: Report, console: Console, slack: float = 0.0) -> None:
     verdicts = report.verdicts(slack)
     if not verdicts:
         return
-    goals = Grid("goal", "usual", "bound", "measured", "", title="goals")
+    goals = Grid("goal", "bound", "measured", "", title="goals")
     for verdict in verdicts:
         goal, word = verdict.goal, verdict.word
         style = _STYLES.get(word, "yellow")
-        goals.add_row(goal.what, goal.usual, goal.bound, f"{verdict.value:.3g}", word, style=style)
+        goals.add_row(goal.what, goal.bound, f"{verdict.value:.3g}", word, style=style)
     console.print(goals)
 
 

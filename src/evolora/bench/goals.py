@@ -211,7 +211,7 @@ class Verdict:
     @property
     def word(self) -> str:
         """Verdict in a word."""
-        return "met" if self.met else "missed, within slack" if self.within_slack else "missed"
+        return "met" if self.met else "near" if self.within_slack else "missed"
 
 
 def judge(measured: Mapping[str, float], slack: float = 0.0) -> list[Verdict]:

@@ -26,6 +26,8 @@ CANDIDATES: dict[str, tuple[float, ...]] = {
     "segments_min_rows": (0, 8, 16, 32, 64, 128, 256, 2**31),
 }
 """Values tried for each threshold that decides between formulations."""
+MIN_GAIN = 0.005
+"""Mean log regret that a new value must save: less is noise."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,13 @@ class Timed:
 
     def fastest(self, which: Pass) -> str:
         """Return the fastest formulation of a pass."""
-        return min(self.shape.formulations, key=lambda f: self.seconds[f, which])
+        timed = [formulation for formulation, when in self.seconds if when == which]
+        return min(timed, key=lambda formulation: self.seconds[formulation, which])
 
     def regret(self, thresholds: Thresholds, which: Pass) -> float:
-        """Return the time of the choice over the fastest one's."""
+        """Return the time of the choice over the fastest one's; a choice not timed is the worst."""
         best = self.seconds[self.fastest(which), which]
-        return self.seconds[self.choice(thresholds), which] / best
+        return self.seconds.get((self.choice(thresholds), which), math.inf) / best
 
 
 def measure(session: Session, *, fit: bool = False) -> None:
@@ -90,10 +93,12 @@ def grid(*, quick: bool) -> list[Shape]:
 def time_grid(session: Session, shapes: Sequence[Shape], thresholds: Thresholds) -> list[Timed]:
     """Time every formulation of every shape, and show the choice of the thresholds for each."""
     timed: list[Timed] = []
+    left_out = {"segments"} if session.device.type == "cuda" else set()  # it asks the device
     try:
         for number, shape in enumerate(shapes, start=1):
             made = case(shape, session.settings)
-            variants = [v for v in made.variants(loops=False) if v.name in shape.formulations]
+            names = [name for name in shape.formulations if name not in left_out]
+            variants = [v for v in made.variants(loops=False) if v.name in names]
             variants = [
                 replace(v, forward_base=v.name, step_base=v.name, reference=None) for v in variants
             ]
@@ -103,7 +108,7 @@ def time_grid(session: Session, shapes: Sequence[Shape], thresholds: Thresholds)
                 made.inputs,
                 rounds=session.settings.either(7, 5),
             )
-            cells = itertools.product(shape.formulations, PASSES)
+            cells = itertools.product(names, PASSES)
             timed.append(Timed(shape, {cell: comparison.seconds(*cell) for cell in cells}))
     finally:
         show(session, timed, thresholds, "as it is")
@@ -128,21 +133,25 @@ def show(session: Session, timed: Sequence[Timed], thresholds: Thresholds, title
 
 
 def fitted(timed: Sequence[Timed], start: Thresholds) -> Thresholds:
-    """Return the thresholds with the smallest mean log regret, changed one at a time.
+    """Return the thresholds with the smallest mean log regret, changed two at a time.
 
-    A value that gains nothing is left as it was.
+    Two, because where one formulation ends decides which threshold is asked next. Values that gain
+    nothing are left as they were.
     """
 
     def loss(thresholds: Thresholds) -> float:
-        regrets = (one.regret(thresholds, which) for one in timed for which in PASSES)
-        return sum(math.log(regret) for regret in regrets)
+        regrets = [one.regret(thresholds, which) for one in timed for which in PASSES]
+        return statistics.fmean(map(math.log, regrets)) if regrets else 0.0
 
     best = start
-    for _ in range(2):  # a second pass sees the first one's other thresholds
-        for name, candidates in CANDIDATES.items():
-            kind = type(getattr(start, name))
-            tried = [best, *(replace(best, **{name: kind(value)}) for value in candidates)]
-            best = min(tried, key=loss)
+    for names in itertools.combinations(CANDIDATES, 2):
+        columns = [{getattr(best, name), *CANDIDATES[name]} for name in names]
+        kinds = [type(getattr(start, name)) for name in names]
+        for values in itertools.product(*columns):
+            cast = {n: kind(v) for n, kind, v in zip(names, kinds, values, strict=True)}
+            tried = replace(best, **cast)
+            if loss(tried) < loss(best) - MIN_GAIN:
+                best = tried
     return best
 
 

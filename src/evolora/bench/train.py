@@ -38,8 +38,9 @@ from evolora.training.prefix_cache import build_memory
 
 R, CLASSES, CONTEXT = 16, 64, 77
 ALL = "all layers"
-CACHES: tuple[Literal["off", "ram", "file"], ...] = ("off", "ram", "file")
-HOW = {
+Cache = Literal["off", "ram", "file"]
+CACHES: tuple[Cache, ...] = ("off", "ram", "file")
+HOW: dict[Cache, str] = {
     "off": "nothing cached",
     "ram": "cached in memory",
     "file": "cached in a mapped float16 file",
@@ -51,10 +52,11 @@ HALF_ERROR = 1e-2
 def measure(session: Session) -> None:
     """Time steps on images with ever fewer layers adapted, then steps with class prompts."""
     s = session.settings
-    layers, batch = s.layers or 4, s.batch or s.either(4, 1)
+    layers, batch = s.layers or 4, s.batch or s.either(4, 2)
     backbone = build(s, layers, text_layers=s.either(4, 1))
     images = [pixels(replace(s, seed=seed), batch) for seed in range(3)]
-    variants = prefixes(backbone, images, layers)
+    caches = s.either(CACHES, CACHES[1:2])
+    variants = prefixes(backbone, images, layers, caches)
     numbers = list(range(len(images)))
     title = f"{layers} layers of ViT-B/16, {batch} images, LoRA r {R}"
     comparison = session.compare(
@@ -68,7 +70,9 @@ def measure(session: Session) -> None:
     prompts(session, backbone, images)
 
 
-def prefixes(backbone: DualEncoder, images: Sequence[Tensor], layers: int) -> list[Variant]:
+def prefixes(
+    backbone: DualEncoder, images: Sequence[Tensor], layers: int, caches: Sequence[Cache]
+) -> list[Variant]:
     """Return LoRA in all layers, and in the top ones with every kind of cache.
 
     Their inputs are numbers of ``images``, so that a batch is known when it comes again.
@@ -77,7 +81,7 @@ def prefixes(backbone: DualEncoder, images: Sequence[Tensor], layers: int) -> li
     for part, count in (("top half", layers // 2), ("top quarter", layers // 4)):
         if count:
             top = range(layers - count, layers)
-            made += [adapted(backbone, images, top, f"{part}, {HOW[c]}", c) for c in CACHES]
+            made += [adapted(backbone, images, top, f"{part}, {HOW[c]}", c) for c in caches]
     return made
 
 
@@ -86,7 +90,7 @@ def adapted(
     images: Sequence[Tensor],
     layers: Sequence[int],
     name: str,
-    cache: Literal["off", "ram", "file"],
+    cache: Cache,
 ) -> Variant:
     """Return a LoRA in some layers, on images whose prefixes are kept (or not)."""
     method = vision_lora(backbone, layers)

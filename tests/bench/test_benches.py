@@ -1,0 +1,161 @@
+"""Every bench from end to end, on towers of toy size."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from evolora.bench import BENCHES, layer, route, runner, tower
+from evolora.bench.goals import GOALS
+from evolora.bench.layer import Shape
+from evolora.bench.settings import Settings
+from evolora.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("no_calibration")
+TINY = Settings(quick=True, layers=1, batch=1, rounds=1)
+ABSOLUTE = {key for key, goal in GOALS.items() if goal.absolute}
+
+
+def goals_of(bench: str) -> set[str]:
+    return {key for key, goal in GOALS.items() if goal.bench == bench} - ABSOLUTE
+
+
+def run(bench: str, settings: Settings = TINY, **options: bool) -> runner.Report:
+    return runner.run([bench], settings, **options)
+
+
+@pytest.mark.parametrize("bench", ["tower", "serve", "data"])
+def test_a_bench_fills_its_tables_and_measures_its_goals(bench: str, tiny_sizes: None) -> None:
+    result = run(bench).results[0]
+    assert result.complete and result.tables
+    assert all(table.cells for table in result.tables)
+    assert set(result.measured) == goals_of(bench)
+    numbers = [
+        value
+        for table in result.tables
+        for row in table.cells.values()
+        for value in row.values()
+        if isinstance(value, float)
+    ]
+    assert numbers and all(math.isfinite(number) and number >= 0 for number in numbers)
+    json.dumps(result.to_json())
+
+
+def test_train_needs_four_layers_to_adapt_a_quarter(tiny_sizes: None) -> None:
+    result = run("train", replace(TINY, layers=4)).results[0]
+    assert set(result.measured) == goals_of("train")
+    assert set(run("train").results[0].measured) == {"text-cached"}
+
+
+def test_every_variant_of_the_tower_agrees_with_float64(tiny_sizes: None) -> None:
+    result = run("tower", replace(TINY, layers=2)).results[0]
+    errors = {row: cells["error"] for row, cells in result.tables[0].cells.items()}
+    checked = {row for row, error in errors.items() if error is not None}
+    assert {tower.LORA, tower.MOE, tower.LOOP, tower.STACKED, tower.MERGED} <= checked
+    assert max(errors[row] for row in checked) < 1e-5
+    assert result.measured["agreement"] == max(
+        errors[row] for row in (tower.LORA, tower.MOE, tower.STACKED, tower.MERGED)
+    )
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"d_in": 32, "d_out": 32, "tokens": 6, "batch": 2}
+    original = layer.case
+    monkeypatch.setattr(
+        layer, "case", lambda shape, settings: original(replace(shape, **small), settings)
+    )
+    monkeypatch.setattr(route, "case", layer.case)
+
+
+def test_the_layer_bench_times_every_formulation(tiny_shapes: None) -> None:
+    result = run("layer").results[0]
+    assert set(result.measured) == goals_of("layer")
+    per_sample, per_token = result.tables[:2]
+    assert set(layer.PER_SAMPLE) < set(per_sample.cells)
+    assert set(layer.PER_TOKEN) < set(per_token.cells)
+    assert layer.CHOSEN in per_sample.cells and layer.CHOSEN in per_token.cells
+
+
+def test_a_full_layer_bench_sweeps_every_size() -> None:
+    titles = [title for title, _, _ in layer.sweeps(Shape(), quick=False)]
+    assert len(set(titles)) == len(titles) == 7
+    shapes = [s for _, _, by_label in layer.sweeps(Shape(), quick=False) for s in by_label.values()]
+    assert {s.experts for s in shapes} >= {4, 8, 16, 32, 64, 128}
+    assert {s.r for s in shapes} >= {4, 8, 16, 64}
+    assert {s.k for s in shapes} == {1, 2, 4}
+    assert {s.tokens for s in shapes} == {1, 16, 50, 197}
+    assert {(s.routes, s.per_token) for s in shapes} == {
+        (routes, per_token) for routes in ("uniform", "zipf") for per_token in (False, True)
+    }
+
+
+def test_zipf_routes_prefer_the_first_experts() -> None:
+    shape = Shape(experts=16, k=1, tokens=500, batch=2, d_in=4, d_out=4, per_token=True)
+    ids = layer.case(replace(shape, routes="zipf"), Settings()).ids
+    even = layer.case(shape, Settings()).ids
+    assert (ids == 0).float().mean() > 3 * (even == 0).float().mean()
+
+
+def test_fitting_keeps_the_thresholds_for_the_next_forward(
+    tiny_shapes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {}
+    monkeypatch.setattr(route, "save_thresholds", lambda kind, table: kept.update({kind: table}))
+    result = run("route", fit=True).results[0]
+    assert set(kept) == {"cpu"}
+    assert [table.title for table in result.tables] == [
+        "dispatcher, as it is",
+        "thresholds of cpu",
+        "dispatcher, with the fitted thresholds",
+    ]
+    assert result.measured["regret"] >= 1.0
+
+
+def test_an_interrupted_run_ends_there_and_keeps_what_it_has(
+    tiny_shapes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer, "sweeps", interrupt)
+    report = runner.run(["layer", "route"], TINY)
+    assert report.interrupted and [result.bench for result in report.results] == ["layer"]
+    assert report.results[0].tables[0].cells and not report.results[0].complete
+
+
+def test_unknown_benches_and_misplaced_options_are_refused() -> None:
+    assert runner.names_of("all") == list(BENCHES)
+    with pytest.raises(ConfigError, match="did you mean 'tower'"):
+        runner.names_of("towr")
+    with pytest.raises(ConfigError, match="--fit is for bench 'route'"):
+        runner.run(["data"], TINY, fit=True)
+
+
+def evolora(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "evolora", *words], capture_output=True, text=True, timeout=240
+    )
+
+
+def test_the_command_prints_json() -> None:
+    done = evolora("bench", "data", "--quick", "--rounds", "1", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (result,) = report["results"]
+    assert result["bench"] == "data" and result["complete"] and not report["interrupted"]
+    assert {"torch_threads", "load_average", "gemm_gflops", "cpu_flags"} <= set(
+        result["environment"]
+    )
+    assert result["environment"]["torch_threads"] == 1
+
+
+def test_a_user_s_fault_is_one_line() -> None:
+    done = evolora("bench", "towr")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "did you mean 'tower'" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -62,5 +62,7 @@ class StepRandom:
         return (self.global_rows or shape[0], *shape[1:])
 
     def _own_rows(self, drawn: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        own = drawn[self.first_row : self.first_row + shape[0]]
-        return own.to(device=like.device, dtype=like.dtype)
+        own = drawn[self.first_row : self.first_row + shape[0]].to(like.dtype)
+        if like.is_cuda:  # from pinned memory the host need not wait for the copy
+            return own.pin_memory().to(like.device, non_blocking=True)
+        return own.to(like.device)

@@ -65,6 +65,65 @@ def test_gradients_reach_trainable_rows_only() -> None:
     assert stack.frozen.grad is None
 
 
+def test_taking_rows_of_a_mixed_stack_copies_no_other() -> None:
+    """A pool of 128 experts, most of them frozen, costs what the taken ones cost."""
+    stack = GrowingStack(4, 8)
+    stack.grow(torch.randn(128, 4, 8))
+    stack.freeze(range(0, 120))
+    largest = 0
+    known = {rows.untyped_storage().data_ptr() for rows in (stack.frozen, stack.active.detach())}
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if out.untyped_storage().data_ptr() not in known:
+                largest = max(largest, out.numel())
+            return out
+
+    ids = torch.tensor([[5, 127], [121, 5]])
+    with Watch(), torch.no_grad():
+        taken = stack.take(ids)
+    assert torch.equal(taken, stack.all()[ids])
+    assert largest <= taken.numel()
+
+
+def test_parts_known_by_place_are_views_where_they_lie_together() -> None:
+    stack = GrowingStack(2)
+    rows = torch.randn(6, 2)
+    stack.grow(rows)
+    stack.freeze([4, 1])  # places: 1, 4 | 0, 2, 3, 5
+    places = stack.places()
+    assert places == [2, 0, 3, 4, 1, 5]
+    whole = stack.part([0, 1])
+    assert whole is stack.frozen
+    assert stack.part([3, 4]).data_ptr() == stack.active[1].data_ptr()
+    scattered = stack.part([2, 5])
+    assert torch.equal(scattered, rows[[0, 5]])
+    scattered.sum().backward()
+    assert torch.equal(stack.active.grad[:, 0], torch.tensor([1.0, 0.0, 0.0, 1.0]))
+
+
+def test_places_are_read_again_when_they_change() -> None:
+    stack = GrowingStack(2)
+    stack.grow(torch.randn(3, 2))
+    assert stack.places() == [0, 1, 2] and stack.places() is stack.places()
+    stack.freeze([2])
+    assert stack.places() == [1, 2, 0]
+    stack.slot[0], stack.slot[1] = 2, 1  # as load_state_dict does, in place
+    assert stack.places() == [2, 1, 0]
+    stack.slot = torch.tensor([0, 1, 2])
+    assert stack.places() == [0, 1, 2]
+
+
+def test_rows_may_be_numbers() -> None:
+    stack = GrowingStack()
+    stack.grow(torch.tensor([1.0, 2.0, 3.0]))
+    stack.freeze([1])
+    assert stack.take(torch.tensor([[2, 1]])).tolist() == [[3.0, 2.0]]
+    assert stack.part([1, 2]).tolist() == [1.0, 3.0]
+
+
 def test_a_row_cannot_be_frozen_before_it_exists() -> None:
     stack = GrowingStack(3)
     stack.grow(torch.randn(2, 3))

@@ -131,6 +131,13 @@ def test_usage_counts_gates_that_are_not_zero() -> None:
     assert counter.counts.tolist() == [0] * 6
 
 
+def test_usage_counts_shared_experts_once_per_row() -> None:
+    counter = UsageCounter(3)
+    gates = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.2, 0.8]])
+    counter.add(torch.tensor([[2, 0]]), gates)
+    assert counter.counts.tolist() == [3, 0, 2]
+
+
 def test_usage_counts_a_recomputed_forward_once() -> None:
     counter = UsageCounter(2)
     ids, gates = torch.tensor([[0, 1]]), torch.ones(1, 2)

@@ -89,6 +89,20 @@ def test_ties_go_to_the_smaller_index() -> None:
     assert ids.tolist() == [[1, 2]]
 
 
+def test_ties_begin_where_they_are_told_to() -> None:
+    logits = torch.tensor([[1.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0], [9.0, 1.0, 1.0, 9.0]])
+    expected = {
+        0: [[1, 2], [0, 1], [0, 3]],
+        2: [[2, 3], [2, 3], [3, 0]],
+        3: [[3, 1], [3, 0], [3, 0]],
+    }
+    for first, ids in expected.items():
+        assert top_k_softmax(logits, 2, first)[0].tolist() == ids
+    each = top_k_softmax(logits, 2, torch.tensor([2, 3, 0]))
+    assert each[0].tolist() == [[2, 3], [3, 0], [0, 3]]
+    torch.testing.assert_close(each[1].sum(dim=1), torch.ones(3))
+
+
 def filled(d: int = 3, experts: int = 4, tasks: int = 3, k: int = 2) -> TaskRouters:
     routers = TaskRouters(d, experts, k)
     for task in range(tasks):

@@ -285,7 +285,7 @@ class ExpertBank(nn.Module):
 
 def _gather(rows: Tensor, places: Tensor) -> Tensor:
     """Return rows[places]; as an embedding its gradient is summed in a fixed order."""
-    return F.embedding(places, rows.flatten(1)).view(*places.shape, *rows.shape[1:])
+    return F.embedding(places, rows.unsqueeze(-1).flatten(1)).view(*places.shape, *rows.shape[1:])
 
 
 def _parameter(rows: Tensor) -> nn.Parameter:

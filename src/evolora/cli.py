@@ -227,6 +227,13 @@ def inspect(
     for tower, counts in result.flops.items():
         share = 100 * counts["experts"] / counts["base"] if counts["base"] else 0.0
         console.print(f"{tower}: {counts['base']:,} FLOPs per row, experts add {share:.1f} %")
+        step = result.training[tower]
+        where = "no experts" if step.lowest is None else f"experts from block {step.lowest} on"
+        console.print(
+            f"  {where} ({step.depth} blocks); a training step takes {step.flops:,} FLOPs per row, "
+            f"{step.flops_cached:,} with what lies below kept",
+            soft_wrap=True,
+        )
 
 
 @app.command()

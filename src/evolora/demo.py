@@ -181,7 +181,7 @@ def _one(config: Mapping[str, Any], folder: Path) -> None:
 @cache
 def _shared(stream: str, backbone: str) -> tuple[Stream, Samples]:
     """Return what the runs of a process have in common: the tasks, and the base's view of them."""
-    from evolora.backbones.clip import load_dual_encoder
+    from evolora.backbones.loading import load_dual_encoder
     from evolora.config import load_stream
     from evolora.training.config import TrainingConfig
     from evolora.training.prefix_cache import build_memory

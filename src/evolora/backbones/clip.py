@@ -6,9 +6,7 @@ with the same task's experts as the images that are compared with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from evolora.backbones.blocks import (
 )
 from evolora.backbones.memory import Known
 from evolora.backbones.prompts import PromptEncoder, pooled
-from evolora.errors import ConfigError, DataError, suggest, unknown_name
+from evolora.errors import ConfigError, unknown_name
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom, generator
 from evolora.registry import BACKBONES
@@ -318,54 +316,3 @@ class DualEncoder(Backbone):
         mean = getattr(image, "image_mean", None) or (0.5, 0.5, 0.5)
         std = getattr(image, "image_std", None) or (0.5, 0.5, 0.5)
         return torch.tensor(mean), torch.tensor(std)
-
-
-def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> DualEncoder:
-    """Return a backbone from a hub name, a local folder or an embedded name ("clip-tiny").
-
-    Raises:
-        DataError: nothing loadable is there; says where it looked.
-    """
-    from transformers import AutoModel, AutoProcessor
-
-    from evolora.assets import embedded_backbone, embedded_backbones
-
-    folder = embedded_backbone(name_or_path)
-    where = str(folder or name_or_path)
-    if not folder and "/" not in name_or_path and not Path(name_or_path).is_dir():
-        # Hub names have an owner; a bare word is a misspelt embedded name or folder, not worth a
-        # minute of connection attempts where there is no network.
-        known = embedded_backbones()
-        raise DataError(
-            f"no backbone {name_or_path!r}{suggest(name_or_path, known)} (embedded: "
-            f"{', '.join(known)}; a local folder or a hub name such as "
-            "'openai/clip-vit-base-patch16' will do too)"
-        )
-    load_processor: Any = AutoProcessor.from_pretrained
-    try:
-        with _quiet_transformers():
-            model = AutoModel.from_pretrained(where, revision=revision, dtype=torch.float32)
-            processor = load_processor(where, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        looked = "the embedded backbones, the local file system and the hub cache"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"no backbone {name_or_path!r}: looked in {looked} ({first})") from error
-    is_path = Path(name_or_path).exists()
-    return DualEncoder(model, processor, name=str(Path(name_or_path)) if is_path else name_or_path)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the loading bar and the advice to install torchvision, which is not used here."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

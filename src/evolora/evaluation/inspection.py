@@ -20,6 +20,7 @@ from evolora.assets import ROOT, embedded_backbone
 from evolora.backbones.clip import DualEncoder
 from evolora.config import RunConfig, build_method, load_stream
 from evolora.errors import ConfigError, DataError
+from evolora.evaluation.training_cost import TowerTraining, base_flops, training_cost
 from evolora.methods.base import Method
 from evolora.routing.selector import AutoEncoderSelector
 from evolora.streams.task import LabelSpace
@@ -65,6 +66,7 @@ class Inspection:
             which experts a task freezes is only known from its data.
         stored_bytes: float32 bytes after the last task, per task in order.
         flops: tower -> {"base", "experts"} for one row.
+        training: tower -> how deep gradients go and what a training step costs for one row.
         sites: per site.
     """
 
@@ -77,6 +79,7 @@ class Inspection:
     trainable: list[int]
     stored_bytes: list[int]
     flops: Mapping[str, Mapping[str, int]]
+    training: Mapping[str, TowerTraining]
     sites: list[SiteCost]
 
     def to_json(self) -> dict[str, Any]:
@@ -102,10 +105,11 @@ def inspect_config(config: RunConfig, *, tasks: int | None = None) -> Inspection
             method.finish_task()
         stored.append(4 * sum(_parts(method).values()))
     parts = _parts(method)
+    sites = _sites(method, backbone)
     flops = {
         tower: {
             "base": base,
-            "experts": sum(s.flops for s in _sites(method, backbone) if s.tower == tower),
+            "experts": sum(site.flops for site in sites if site.tower == tower),
         }
         for tower, base in base_flops(backbone).items()
     }
@@ -119,7 +123,8 @@ def inspect_config(config: RunConfig, *, tasks: int | None = None) -> Inspection
         trainable=trainable,
         stored_bytes=stored,
         flops=flops,
-        sites=_sites(method, backbone),
+        training=training_cost(method, backbone, {t: c["experts"] for t, c in flops.items()}),
+        sites=sites,
     )
 
 
@@ -149,31 +154,6 @@ def meta_backbone(name: str) -> DualEncoder:
     with torch.device("meta"):
         model: nn.Module = build(config)
     return DualEncoder(model, None, name=name)
-
-
-def base_flops(backbone: DualEncoder) -> dict[str, int]:
-    """Return the FLOPs of the untouched towers for one image and one prompt of full length."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size = backbone.image_size
-    length = int(backbone.config.text_config.max_position_embeddings)
-    calls = {
-        "vision": (
-            "get_image_features",
-            {"pixel_values": torch.empty(1, 3, size, size, device="meta")},
-        ),
-        "text": (
-            "get_text_features",
-            {"input_ids": torch.zeros(1, length, dtype=torch.long, device="meta")},
-        ),
-    }
-    counts = {}
-    with torch.no_grad(), backbone.host.disabled():
-        for tower, (function, inputs) in calls.items():
-            with FlopCounterMode(display=False) as counter:
-                backbone.call(function, **inputs)
-            counts[tower] = int(counter.get_total_flops())
-    return counts
 
 
 def _trainable(method: Method) -> int:

@@ -135,7 +135,8 @@ def _backbone(
 ) -> Backbone:
     """Return the artefact's backbone, found or given; refuse any other."""
     from evolora.backbones.base import Backbone
-    from evolora.backbones.clip import DualEncoder, load_dual_encoder
+    from evolora.backbones.clip import DualEncoder
+    from evolora.backbones.loading import load_dual_encoder
 
     name = wanted["name_or_path"]
     if model is None and not name:

@@ -100,7 +100,7 @@ class ContinualRun:
         reporter: Reporter | None = None,
         samples: Samples | None = None,
     ) -> None:
-        from evolora.backbones.clip import load_dual_encoder
+        from evolora.backbones.loading import load_dual_encoder
         from evolora.training.runtime import build_accelerator
 
         self.config, self.folder = config, folder

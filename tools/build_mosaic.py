@@ -2,7 +2,7 @@
 
 python tools/build_mosaic.py compact src/evolora/assets/mosaic
 python tools/build_mosaic.py large ~/data/mosaic
-python tools/build_mosaic.py corpus /tmp/corpus
+python tools/build_mosaic.py corpus build/corpus
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def examine() -> list[dict[str, Any]]:
     """Return findings: name, ok, optional, detail."""
     findings = [_package(name) for name in REQUIRED]
     findings += [_optional(name, use) for name, use in OPTIONAL.items()]
-    findings += [_devices(), _threads(), _assets(), _disk(Path.cwd())]
+    findings += [_images(), _devices(), _threads(), _assets(), _disk(Path.cwd())]
     return findings
 
 
@@ -53,6 +53,20 @@ def _optional(name: str, use: str) -> dict[str, Any]:
     return _finding(
         name, found, "installed" if found else f"not installed, needed for {use}", optional=True
     )
+
+
+def _images() -> dict[str, Any]:
+    from evolora.streams import decoding
+
+    library = decoding.jpeg_library()
+    if library is not None:
+        detail = f"JPEG by simplejpeg {version('simplejpeg')}, resize by torch"
+    else:
+        detail = (
+            "JPEG by PIL, resize by torch; the same pixels sooner: "
+            "pip install 'evolora[fast-images]'"
+        )
+    return _finding("image loading", library is not None, detail, optional=True)
 
 
 def _devices() -> dict[str, Any]:

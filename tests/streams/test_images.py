@@ -268,7 +268,9 @@ def test_float_image_files_are_refused() -> None:
     ("height", "width"), [(64, 64), (97, 301), (480, 333), (30, 41), (224, 90)]
 )
 @pytest.mark.parametrize("size", [64, 224])
-def test_center_crop_equals_clips_processor(height: int, width: int, size: int) -> None:
+def test_center_crop_is_within_one_grey_level_of_clips_processor(
+    height: int, width: int, size: int
+) -> None:
     from transformers import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil(
@@ -279,7 +281,10 @@ def test_center_crop_equals_clips_processor(height: int, width: int, size: int) 
         Image.fromarray(array), do_rescale=False, do_normalize=False, return_tensors="pt"
     )["pixel_values"][0]
     ours = resize_center_crop(torch.from_numpy(array).permute(2, 0, 1), size)
-    assert torch.equal(ours, expected.to(torch.uint8))
+    off = (ours.int() - expected.int()).abs()
+    by_pil = size >= min(height, width) or height > 2 * width
+    assert off.max() <= (0 if by_pil else 1)
+    assert (off > 0).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5001, 1), (3, 4000), (2, 2), (1, 9)])
@@ -292,6 +297,42 @@ def test_center_crop_of_extreme_shapes_stays_centered(shape: tuple[int, int]) ->
     if max(shape) > 1000:
         middle = float(crop[:, 15:17, 15:17].float().mean())
         assert abs(middle - 127.5) < 2
+
+
+def test_shrinking_is_off_by_two_grey_levels_in_millionths_only() -> None:
+    """Waves and ramps, whose rounding errors line up, are the worst case for 16-bit weights."""
+    rows, columns = np.mgrid[:700, :700]
+    total = two = 0
+    for size in (350, 411, 500, 699):
+        for slope in (0.3, 0.77, 1.9):
+            wave = 127.5 + 127.5 * np.sin(slope * columns + 0.2 * rows)
+            ramp = (slope * columns + 0.4 * rows) % 256
+            array = np.stack([wave, ramp, photo(700, 700)[:, :, 0]], axis=-1).astype(np.uint8)
+            pil = Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC)
+            ours = resize_center_crop(torch.from_numpy(array).permute(2, 0, 1), size)
+            off = (ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(pil)).int()).abs()
+            assert off.max() <= 2
+            total, two = total + off.numel(), two + int((off > 1).sum())
+    assert two < 2e-5 * total
+
+
+def test_an_rgb_tensor_of_the_right_size_is_neither_copied_nor_resized() -> None:
+    image = torch.from_numpy(photo(64, 64)).permute(2, 0, 1).contiguous()
+    assert read_image(image).data_ptr() == image.data_ptr()
+    assert resize_center_crop(read_image(image), 64).data_ptr() == image.data_ptr()
+
+
+def test_memory_layout_does_not_change_a_crop() -> None:
+    interleaved = torch.from_numpy(photo(90, 120)).permute(2, 0, 1)
+    planar = interleaved.contiguous()
+    assert interleaved.stride() != planar.stride()
+    assert torch.equal(resize_center_crop(interleaved, 48), resize_center_crop(planar, 48))
+    crops = [
+        random_resized_crop(image, 48, torch.Generator().manual_seed(2))
+        for image in (interleaved, planar)
+    ]
+    assert torch.equal(*crops)
+    assert all(crop.is_contiguous() for crop in crops)
 
 
 def test_bilinear_differs_from_bicubic() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from evolora.errors import DataError
 from evolora.streams.mosaic import build_domains, drawings, families, render, sources
-from evolora.streams.mosaic.build_domains import Sample
+from evolora.streams.mosaic.samples import Sample, shape_facts
 
 
 def _sample(name: str, split: str, family: str = "a") -> Sample:
@@ -192,7 +192,7 @@ def test_letters_of_a_script_never_cross_splits() -> None:
     ],
 )
 def test_questions_prove_colors_and_shapes(question: str, answer: str, facts: set[str]) -> None:
-    assert build_domains.shape_facts(question, answer) == facts
+    assert shape_facts(question, answer) == facts
 
 
 def test_country_spellings_of_vendors_agree() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from evolora.errors import DataError
 from evolora.streams.mtil_prompts import FLOWERS, class_name
 from evolora.streams.mtil_readers import Listing, benchmark_split
-from evolora.streams.sampling import ImageFiles, Rows
+from evolora.streams.sampling import ImageFiles, Rows, row_index
 from evolora.streams.task import Example
 
 _BACKGROUND = "background_google"  # Caltech101's clutter folder, no class of the benchmark
@@ -69,9 +69,7 @@ class HubImages:
     def __getitem__(self, index: int) -> Example:
         from evolora.streams.images import read_image
 
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+        index = row_index(index, len(self))
         key = f"{self.name}:{index}"
         encoded = self.data[index][self.column]
         try:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from evolora.errors import DataError
 from evolora.streams.mtil_prompts import FLOWERS, class_name
 from evolora.streams.packed import cifar100_split, idx_split
-from evolora.streams.sampling import IMAGE_SUFFIXES, ImageFiles, Labelled, pick
+from evolora.streams.sampling import IMAGE_SUFFIXES, ImageFiles, Labelled, pick, read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,15 +70,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         DataError: the file is missing or not text.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def label_of(name: str, classes: Sequence[str], path: Path, row: int) -> int:
@@ -119,6 +111,17 @@ def _from_class_folders(base: Path, dataset: str, skip: Sequence[str] = ()) -> L
     return Listing(train=train, test=test, classes=tuple(class_name(dataset, n) for n in folders))
 
 
+def _from_list(path: Path, base: Path, raw: Sequence[str], suffix: str = "") -> ImageFiles:
+    """Return the images below ``base`` that a list file names by "<class>/<image>"."""
+    return image_files(
+        base,
+        (
+            (line + suffix, label_of(line.partition("/")[0], raw, path, number))
+            for number, line in enumerate(read_lines(path), start=1)
+        ),
+    )
+
+
 def read_aircraft(base: Path) -> Listing:
     base = base / "data" if (base / "data" / "variants.txt").exists() else base
     raw = read_lines(base / "variants.txt")
@@ -155,18 +158,12 @@ def read_cifar100(base: Path) -> Listing:
 def read_dtd(base: Path) -> Listing:
     raw = _class_folders(base / "images")
 
-    def split(name: str) -> ImageFiles:
-        path = base / "labels" / f"{name}1.txt"
-        return image_files(
-            base / "images",
-            (
-                (line, label_of(line.partition("/")[0], raw, path, number))
-                for number, line in enumerate(read_lines(path), start=1)
-            ),
-        )
-
+    train, val, test = (
+        _from_list(base / "labels" / f"{split}1.txt", base / "images", raw)
+        for split in ("train", "val", "test")
+    )
     classes = tuple(class_name("dtd", name) for name in raw)
-    return Listing(train=split("train"), val=split("val"), test=split("test"), classes=classes)
+    return Listing(train=train, val=val, test=test, classes=classes)
 
 
 def read_eurosat(base: Path) -> Listing:
@@ -222,19 +219,12 @@ def read_flowers(base: Path) -> Listing:
 
 def read_food(base: Path) -> Listing:
     raw = read_lines(base / "meta" / "classes.txt")
-
-    def split(name: str) -> ImageFiles:
-        path = base / "meta" / f"{name}.txt"
-        return image_files(
-            base / "images",
-            (
-                (f"{line}.jpg", label_of(line.partition("/")[0], raw, path, number))
-                for number, line in enumerate(read_lines(path), start=1)
-            ),
-        )
-
+    train, test = (
+        _from_list(base / "meta" / f"{split}.txt", base / "images", raw, suffix=".jpg")
+        for split in ("train", "test")
+    )
     classes = tuple(class_name("food", name) for name in raw)
-    return Listing(train=split("train"), test=split("test"), classes=classes)
+    return Listing(train=train, test=test, classes=classes)
 
 
 def read_mnist(base: Path) -> Listing:

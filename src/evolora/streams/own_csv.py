@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evolora.errors import StreamError, suggest
+from evolora.streams.sampling import read_text
 
 _COLUMNS = ("image", "label", "task", "split")
 _SHOWN = 5  # bad lines quoted in one message
@@ -76,14 +77,7 @@ def read_rows(file: Path, splits: Mapping[str, str]) -> list[Row]:
 
 def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values); the separator is the one that the header line uses."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise StreamError(f"no such file: {file}") from error
-    except UnicodeDecodeError as error:
-        raise StreamError(f"{file} is not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
-        raise StreamError(f"cannot read {file}: {error.strerror}") from error
+    text = read_text(file, StreamError)
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)  # the first of them where there is none
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)

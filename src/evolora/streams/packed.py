@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolora.errors import DataError
+from evolora.streams.sampling import row_index
 from evolora.streams.task import Example
 
 if TYPE_CHECKING:  # listing the streams' names must not import numpy
@@ -41,12 +42,12 @@ class PackedImages:
     def __getitem__(self, index: int) -> Example:
         import torch
 
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
+        index = row_index(index, len(self))
         # A copy: the file is mapped read-only and tensors have no such notion.
         image = torch.from_numpy(self.pixels[index].copy()).expand(3, -1, -1).contiguous()
-        key = f"{self.name}:{index % len(self)}"
-        return Example(inputs={"image": image}, label=self.labels[index], key=key)
+        return Example(
+            inputs={"image": image}, label=self.labels[index], key=f"{self.name}:{index}"
+        )
 
 
 def cifar100_split(path: Path, classes: int) -> PackedImages:

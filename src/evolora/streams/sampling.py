@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from evolora.errors import StreamError
+from evolora.errors import DataError, StreamError
 from evolora.streams.task import Example, Examples, LabelSpace, Task
 
 if TYPE_CHECKING:  # listing the streams' names must not import torch
@@ -83,7 +83,11 @@ class Labelled(Examples, Protocol):
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """Return a CPU generator whose seed depends on the run's seed and on what it is for."""
+    """Return a CPU generator whose seed depends on the run's seed and on what it is for.
+
+    Not `evolora.randomness.generator`, whose other seeds would make every stream pick other rows
+    than those that its published results were measured on.
+    """
     import torch
 
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
@@ -213,6 +217,29 @@ def image_folder(root: str | Path) -> ImageFiles:
         raise StreamError(f"no images in {str(base)!r} ({', '.join(sorted(IMAGE_SUFFIXES))})")
     keys = tuple(path.relative_to(base).as_posix() for path in paths)
     return ImageFiles(paths=tuple(paths), labels=(0,) * len(paths), keys=keys)
+
+
+def row_index(index: int, rows: int) -> int:
+    """Return the index counted from the front; IndexError ends a loop over the data set."""
+    if not -rows <= index < rows:
+        raise IndexError(index)
+    return index % rows
+
+
+def read_text(path: Path, error: type[DataError] = DataError) -> str:
+    """Return the text of a UTF-8 file, with or without a byte-order mark.
+
+    Raises:
+        error: the file is missing, not UTF-8 or unreadable.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as reason:
+        raise error(f"no such file: {path}") from reason
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is not UTF-8 text; save it as UTF-8") from reason
+    except OSError as reason:
+        raise error(f"cannot read {path}: {reason.strerror}") from reason
 
 
 def user_path(value: str | Path) -> Path:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from evolora.streams.mosaic import render
-from evolora.streams.mosaic.build_domains import SEED, Progress, open_square
+from evolora.streams.mosaic.build_domains import Progress
 from evolora.streams.mosaic.drawings import (
     EmojiTable,
     draw_icon,
@@ -43,6 +43,7 @@ from evolora.streams.mosaic.families import (
     icon_base_name,
     split_letters,
 )
+from evolora.streams.mosaic.samples import SEED, open_square
 from evolora.streams.mosaic.scripts import font_letters, scripts, snippets
 from evolora.streams.mosaic.sources import fetch
 

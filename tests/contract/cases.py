@@ -1,0 +1,190 @@
+"""Every registered method's toy configuration and claims, and what the contract's tests share."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import ToyProcessor, toy_model, toy_task
+from torch import Tensor
+
+from evolora.backbones.base import Batch
+from evolora.backbones.clip import DualEncoder
+from evolora.experts.bank import GrowingStack
+from evolora.learner import Learner
+from evolora.methods.full_finetuning import FullFinetuningConfig
+from evolora.methods.linear_probe import LinearProbeConfig
+from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
+from evolora.methods.moe_adapters import MoEAdaptersConfig
+from evolora.methods.zero_shot import ZeroShotConfig
+from evolora.registry import METHODS
+from evolora.routing.autoencoders import AutoEncoderTraining
+from evolora.routing.route import BASE
+from evolora.routing.selector import AutoEncoderSelectorConfig
+from evolora.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """How a method takes part.
+
+    Args:
+        config: toy configuration.
+        sites: whether it has experts at sites (the others own whole weights or vectors).
+        retains: it claims that a finished task's answers never change under its route.
+        fresh: it claims that every task, not only the first, starts as the base model.
+        settings: training settings that differ from the toy ones.
+        dead: parameter name endings whose gradient is zero by mathematics.
+    """
+
+    config: Any
+    sites: bool = True
+    retains: bool = False
+    fresh: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    dead: tuple[str, ...] = ()
+
+
+SELECTOR = AutoEncoderSelectorConfig(training=AutoEncoderTraining(hidden=6, steps=60))
+CASES = {
+    "zero-shot": Case(config=ZeroShotConfig(), sites=False, retains=True, fresh=True),
+    "linear-probe": Case(config=LinearProbeConfig(), sites=False, retains=True, fresh=True),
+    # A shift of all keys does not change a softmax over them: k_proj.bias has no gradient.
+    "full-finetuning": Case(
+        config=FullFinetuningConfig(),
+        sites=False,
+        dead=("k_proj/bias",),
+        settings={"learning_rate": 1e-3},
+    ),
+    "sequential-lora": Case(config=SequentialLoRAConfig(r=3, lora_dropout=0.1)),
+    "joint-lora": Case(config=JointLoRAConfig(r=3)),
+    "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
+    # All that a task used is frozen here, so that retention is exact; the paper freezes two.
+    "moe-adapters": Case(
+        # every used expert is frozen, so a new router starts on experts that are still zero
+        config=MoEAdaptersConfig(num_experts=4, freeze_top=9, r=8, selector=SELECTOR),
+        retains=True,
+        fresh=True,
+    ),
+}
+KINDS = ("clip", "siglip")
+EVERY = pytest.mark.parametrize("name", METHODS.names())
+BOTH = pytest.mark.parametrize("kind", KINDS)
+
+
+def case_of(name: str) -> Case:
+    if name not in CASES:
+        pytest.fail(f"method {name!r} is registered but has no toy configuration in CASES")
+    return CASES[name]
+
+
+def toy_backbone(kind: str) -> DualEncoder:
+    return DualEncoder(toy_model(kind), ToyProcessor(), name="toy")
+
+
+def make(name: str, kind: str = "clip", **settings: Any) -> Learner:
+    case = case_of(name)
+    values: dict[str, Any] = {
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-2,
+        "label_smoothing_factor": 0.0,
+        **case.settings,
+        **settings,
+    }
+    return Learner(toy_backbone(kind), method=case.config, training=TrainingConfig(**values))
+
+
+def teach(learner: Learner, count: int = 2) -> Learner:
+    tasks = [toy_task(index) for index in range(count)]
+    if learner.method.joint:
+        learner.learn_jointly(tasks)
+    else:
+        for task in tasks:
+            learner.learn(task)
+    return learner
+
+
+@functools.cache
+def taught(name: str, kind: str = "clip") -> Learner:
+    """A learner of two tasks; shared, so a test must leave it as it was."""
+    return teach(make(name, kind))
+
+
+def mixed_batch(backbone: DualEncoder, rows: int = 3) -> Batch:
+    """Rows of two learned tasks and one that nobody learned, alternating."""
+    examples = [toy_task(task).test[row] for row in range(rows) for task in (0, 1, 2)]
+    return backbone.collate(examples)
+
+
+def answer(learner: Learner, batch: Batch, task: int) -> Tensor:
+    """Scores over the task's labels with the selector overruled."""
+    tasks = torch.full((len(batch),), learner.method.expert_task(task))
+    labels = toy_task(task).labels
+    with torch.no_grad():
+        return learner.method.answer(batch, None, tasks, labels).scores
+
+
+def base_scores(kind: str, batch: Batch, task: int) -> Tensor:
+    """Scores of an untouched model of the same weights, through a method that cannot touch it."""
+    plain = Learner(toy_backbone(kind), method=ZeroShotConfig())
+    with torch.no_grad():
+        tasks = torch.full((len(batch),), BASE)
+        return plain.method.answer(batch, None, tasks, toy_task(task).labels).scores
+
+
+def image_features(model: Any, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        output = model.get_image_features(pixel_values=batch.inputs["pixel_values"])
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def text_features(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        output = model.get_text_features(**tokens)
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Hash of the weights as they are now (the backbone's own fingerprint is cached)."""
+    total = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        total.update(key.encode() + value.detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def call_counts(learner: Learner) -> tuple[dict[str, int], Callable[[], None]]:
+    """Count forwards of every expert layer; returns (counts, stop)."""
+    counts = dict.fromkeys(learner.method.layers, 0)
+    handles = []
+    for key, layer in learner.method.layers.items():
+
+        def count(*_: Any, key: str = key) -> None:
+            counts[key] += 1
+
+        handles.append(layer.register_forward_hook(count))
+    return counts, lambda: [handle.remove() for handle in handles] and None
+
+
+def training_batches(learner: Learner, task: int) -> Iterator[Batch]:
+    from evolora.training.batches import TrainingBatches
+
+    feed = TrainingBatches(
+        toy_task(task).train,
+        learner.backbone,
+        learner.training,
+        seed=0,
+        task=task,
+        share=learner.share,
+    )
+    return feed.from_step(0)
+
+
+def stacks(method: torch.nn.Module) -> dict[str, GrowingStack]:
+    return {name: m for name, m in method.named_modules() if isinstance(m, GrowingStack)}

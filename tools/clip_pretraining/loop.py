@@ -1,0 +1,110 @@
+"""The training loop that both towers share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LOG = logging.getLogger("pretrain_clip")
+
+
+class Loop:
+    """Cosine schedule with warm-up over time or steps, atomic checkpoints, a log line per N steps.
+
+    A batch is a function of the step's number, so a run of a given number of steps and processes is
+    repeatable to the bit, stopped and resumed or not. A run over time ends where the machine gets.
+    """
+
+    def __init__(self, module: nn.Module, args: argparse.Namespace, path: Path) -> None:
+        self.module, self.args, self.path = module, args, path
+        decay = [p for p in module.parameters() if p.ndim >= 2]
+        plain = [p for p in module.parameters() if p.ndim < 2]
+        groups = [{"params": decay, "weight_decay": args.decay}, {"params": plain}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+        self.spent, self.step, self.loss = 0.0, 0, math.nan
+        self.mark = time.monotonic()
+        if path.is_file():
+            saved = torch.load(path, weights_only=True)
+            module.load_state_dict(saved["module"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.spent, self.step = saved["spent"], saved["step"]
+            LOG.info("resumed %s at step %d, %.0f s", path, self.step, self.spent)
+
+    def steps(self) -> Iterator[int]:
+        """Yields step numbers until the planned steps are made or the planned minutes spent."""
+        saved = self.mark = time.monotonic()
+        while (progress := self._progress()) < 1:
+            warm = min(1.0, (self.step + 1) / self.args.warmup)
+            cosine = 0.5 * (1 + math.cos(math.pi * progress))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.args.lr * warm * max(cosine, 0.01)
+            yield self.step
+            self.step += 1
+            if self.args.rank > 0:
+                continue
+            if self.step % self.args.log_every == 0:
+                rate = self.step * self.args.batch * self.args.ranks / self.spent
+                LOG.info(
+                    "step %d, %.0f s, loss %.3f, %.0f/s", self.step, self.spent, self.loss, rate
+                )
+            if time.monotonic() - saved > self.args.save_every:
+                self.save()
+                saved = time.monotonic()
+        if self.args.rank == 0:
+            self.save()
+
+    def _progress(self) -> float:
+        """Returns which share of the run is over."""
+        if self.args.steps is not None:
+            done, planned = float(self.step), float(self.args.steps)
+        else:
+            done, planned = self.spent, 60 * self.args.minutes
+        return done / planned if planned > 0 else 1.0
+
+    def update(self, loss: Tensor) -> None:
+        """Takes one optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        now = time.monotonic()
+        self.spent, self.mark = self.spent + now - self.mark, now
+        if self.args.ranks > 1:
+            self._average()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        # exponential mean, for the log only
+        value = float(loss.detach())
+        self.loss = value if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * value
+
+    def _average(self) -> None:
+        """Averages gradients, and the clock that ends a timed run, over the processes."""
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([self.spent])])
+        torch.distributed.all_reduce(flat)
+        flat /= self.args.ranks
+        self.spent = float(flat[-1])
+        start = 0
+        for grad in grads:
+            grad.copy_(flat[start : start + grad.numel()].view_as(grad))
+            start += grad.numel()
+
+    def save(self) -> None:
+        """Writes the checkpoint by temp + rename."""
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "spent": self.spent,
+            "step": self.step,
+        }
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)

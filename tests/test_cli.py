@@ -125,6 +125,18 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
+def test_ctrl_c_says_how_to_go_on() -> None:
+    code = (
+        "import os, signal, evolora.doctor, evolora.cli\n"
+        "evolora.doctor.examine = lambda: os.kill(os.getpid(), signal.SIGINT) or [].pop()\n"
+        "evolora.cli.main(['doctor'])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert "--resume" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_doctor_finds_what_is_embedded() -> None:
     done = evolora("doctor", "--json")
     findings = {row["name"]: row for row in json.loads(done.stdout)}

@@ -33,6 +33,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. training.max_steps=50")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,8 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; `evolora run` goes on from its last checkpoint with --resume", 130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt, without a word
+            _fail(
+                "interrupted; `evolora run` goes on from its last checkpoint with --resume",
+                INTERRUPTED,
+            )
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

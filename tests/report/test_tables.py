@@ -107,8 +107,15 @@ def test_the_terminal_table_shows_every_method_and_streams_apart(make_run, all_m
     out = io.StringIO()
     Console(file=out, width=200).print(summary_table(runs))
     text = out.getvalue()
-    for name in ("zero-shot", "moe-adapters", "Seen routed right", "other, 2 tasks"):
+    for name in ("zero-shot", "moe-adapters", "routed", "other, 2 tasks"):
         assert name in text
+
+
+def test_the_terminal_table_of_every_column_fits_80_columns(make_run, all_methods):
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary_table(load(*all_methods)))
+    assert "…" not in out.getvalue()
+    assert all(title in out.getvalue() for title in ("Transfer", "getting", "Unseen", "Stored"))
 
 
 def test_columns_without_any_value_are_left_out(make_run):

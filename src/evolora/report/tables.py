@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
+from rich import box
 from rich.table import Table
 
 from evolora.errors import ConfigError
@@ -19,10 +20,14 @@ Unit = Literal["percent", "count", "seconds"]
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column: which score, its heading, its unit, and whether more is better."""
+    """One column: which score, its heading, its unit, and whether more is better.
+
+    ``narrow`` is the heading on lines of a terminal, which may have no more than 80 columns.
+    """
 
     key: str
     title: str
+    narrow: str
     unit: Unit
     better: Literal["more", "less"] | None
     about: str
@@ -30,39 +35,48 @@ class Column:
 
 COLUMNS: tuple[Column, ...] = (
     Column(
-        key="transfer", title="Transfer", unit="percent", better="more",
+        key="transfer", title="Transfer", narrow="Transfer",
+        unit="percent", better="more",
         about="mean score on tasks before they are learned, task by task",
     ),
     Column(
-        key="avg", title="Avg", unit="percent", better="more",
+        key="avg", title="Avg", narrow="Avg",
+        unit="percent", better="more",
         about="mean score over all tasks and all moments",
     ),
     Column(
-        key="last", title="Last", unit="percent", better="more",
+        key="last", title="Last", narrow="Last",
+        unit="percent", better="more",
         about="mean score over all tasks at the end",
     ),
     Column(
-        key="forgetting", title="Forgetting", unit="percent", better="less",
+        key="forgetting", title="Forgetting", narrow="For-\ngetting",
+        unit="percent", better="less",
         about="best score since a task was learned minus its final score; mean",
     ),
     Column(
-        key="selector_accuracy", title="Seen routed right", unit="percent", better="more",
+        key="selector_accuracy", title="Seen routed right", narrow="Seen\nrouted\nright",
+        unit="percent", better="more",
         about="test samples of learned tasks that the right task answered at the end",
     ),
     Column(
-        key="unseen_to_base", title="Unseen to base", unit="percent", better="more",
+        key="unseen_to_base", title="Unseen to base", narrow="Unseen\nto base",
+        unit="percent", better="more",
         about="test samples of tasks still to come that the untouched model answered",
     ),
     Column(
-        key="trainable_parameters", title="Trainable", unit="count", better=None,
+        key="trainable_parameters", title="Trainable", narrow="Train-\nable",
+        unit="count", better=None,
         about="parameters trained for one task, the largest of all tasks",
     ),
     Column(
-        key="stored_parameters", title="Stored", unit="count", better=None,
+        key="stored_parameters", title="Stored", narrow="Stored",
+        unit="count", better=None,
         about="parameters kept at the end, beside the base model",
     ),
     Column(
-        key="seconds", title="Seconds", unit="seconds", better=None,
+        key="seconds", title="Seconds", narrow="Sec-\nonds",
+        unit="seconds", better=None,
         about="the whole run, evaluation included",
     ),
 )  # fmt: skip
@@ -208,12 +222,19 @@ def is_best(value: Value | None, best: float | None, unit: Unit) -> bool:
 def summary_table(runs: Sequence[RunRecord]) -> Table:
     """Return the comparison as a terminal table, best values bold; one block per comparison."""
     comparisons = compare(runs)
-    table = Table(title=None, show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,
+        header_style="bold",
+    )
     table.add_column("method", no_wrap=True)
     keys = {column.key for one in comparisons for column in one.used_columns()}
     columns = [column for column in COLUMNS if column.key in keys]
     for column in columns:
-        table.add_column(column.title, justify="right")
+        widest = max(len(word) for word in column.narrow.split("\n"))
+        table.add_column(column.narrow, justify="right", min_width=widest)
     for comparison in comparisons:
         if len(comparisons) > 1:
             table.add_section()
@@ -222,7 +243,11 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
             cells = []
             for column in columns:
                 value = group.value(column.key)
-                text = text_of(value, column.unit)
+                text = (
+                    text_of(value, column.unit)
+                    .replace(" ± ", "\n± ")
+                    .replace(" ", "\N{NO-BREAK SPACE}")
+                )
                 marked = is_best(value, comparison.best(column), column.unit)
                 cells.append(f"[bold green]{text}[/bold green]" if marked else text)
             table.add_row(group.label.replace("[", r"\["), *cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from evolora.bench.goals import GOALS
 from evolora.bench.memory import peak_rise, saved_bytes
 from evolora.bench.results import Result, Table
 from evolora.bench.settings import Settings
-from evolora.bench.timing import Comparison, Pass, Variant, clock_for, one_thread
+from evolora.bench.timing import Cell, Comparison, Pass, Ratio, Variant, clock_for, one_thread
 from evolora.errors import EvoloraError, unknown_name
 from evolora.training.progress import Reporter
 
@@ -133,29 +134,39 @@ class Session:
         rounds: int,
         passes: Sequence[Pass] = ("forward", "step"),
         note: str = "",
-    ) -> dict[int | str, Comparison]:
+    ) -> dict[int | str, dict[Cell, Ratio]]:
         """Time what ``build`` makes (variants, inputs) of each value; one table per pass.
 
-        Variants keep their names over the sweep. Bases, which are 1 throughout, are left out. The
-        tables show medians; the ratios of the fastest times are in their JSON.
+        Variants keep their names over the sweep; bases, which are 1 throughout, are left out. The
+        tables show medians; the ratios of the fastest times are in their JSON. Only ratios are
+        returned and kept: the variants of one value are gone before those of the next are made.
         """
         columns = [str(value) for value in values]
         tables = {
             which: self.table(f"{title}: {which}", columns, note=note, axis=axis)
             for which in passes
         }
-        done: dict[int | str, Comparison] = {}
+        done: dict[int | str, dict[Cell, Ratio]] = {}
         for value in values:
-            variants, inputs = build(value)
-            for variant in variants:
-                self.check(variant, inputs[0])
-            done[value] = self.time(f"{title}, {axis} {value}", variants, inputs, rounds=rounds)
-            for variant, which in ((v, which) for v in variants for which in v.passes):
-                ratio = done[value].ratio(variant.name, which)
-                if ratio is not None and variant.base(which) != variant.name:
-                    both = {str(value): ratio.median, f"fastest {value}": ratio.of_minima}
-                    tables[which].put(variant.name, **both)
+            done[value] = self._against_bases(f"{title}, {axis} {value}", *build(value), rounds)
+            gc.collect()  # models and their hooks refer to one another
+            for (name, which), ratio in done[value].items():
+                both = {str(value): ratio.median, f"fastest {value}": ratio.of_minima}
+                tables[which].put(name, **both)
         return done
+
+    def _against_bases(
+        self, title: str, variants: Sequence[Variant], inputs: Sequence[Any], rounds: int
+    ) -> dict[Cell, Ratio]:
+        """Check and time variants; return the ratios of those that are no base themselves."""
+        for variant in variants:
+            self.check(variant, inputs[0])
+        comparison = self.time(title, variants, inputs, rounds=rounds)
+        return {
+            (name, which): ratio
+            for (name, which), ratio in comparison.ratios().items()
+            if comparison.variants[name].base(which) != name
+        }
 
     def check(self, variant: Variant, x: Any) -> float | None:
         """Return the largest difference from the float64 reference, relative to its largest value.
@@ -184,13 +195,8 @@ class Session:
 
 def fill(table: Table, comparison: Comparison) -> None:
     """Write median ratios and ratios of the fastest times into a table."""
-    passes: tuple[Pass, ...] = ("forward", "step")
-    for name in comparison.variants:
-        for which in passes:
-            ratio = comparison.ratio(name, which)
-            if ratio is not None:
-                values = {which: ratio.median, f"fastest {which}": ratio.of_minima}
-                table.put(name, **values)
+    for (name, which), ratio in comparison.ratios().items():
+        table.put(name, **{which: ratio.median, f"fastest {which}": ratio.of_minima})
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:

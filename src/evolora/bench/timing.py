@@ -181,6 +181,11 @@ class Comparison:
             return None
         return self.between((name, which), (self.variants[name].base(which), which))
 
+    def ratios(self) -> dict[Cell, Ratio]:
+        """Return :meth:`ratio` of every cell that was timed."""
+        found = {cell: self.ratio(*cell) for cell in self._cells}
+        return {cell: ratio for cell, ratio in found.items() if ratio is not None}
+
     def between(self, cell: Cell, other: Cell) -> Ratio:
         """Return the ratio of any two cells."""
         for name, _ in (cell, other):

@@ -97,8 +97,7 @@ def grow(session: Session) -> None:
         lambda e: ([*bases(backbone)[:1], *moe(backbone, inputs[0], e, "top-2")], inputs),
         rounds=rounds,
     )
-    steps = [comparison.ratio("top-2", "step") for comparison in done.values()]
-    medians = [ratio.median for ratio in steps if ratio]
+    medians = [ratios["top-2", "step"].median for ratios in done.values()]
     session.goal("moe-flat", max(medians) / min(medians))
     if s.quick:
         return

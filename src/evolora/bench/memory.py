@@ -56,7 +56,7 @@ def peak_rise(call: Callable[[], Any], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         call()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    _return_free_memory()
+    return_free_memory()
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)
         before = _resident("VmRSS")
@@ -73,8 +73,12 @@ def _resident(field: str) -> int:
     raise OSError(f"{_STATUS} has no {field}")
 
 
-def _return_free_memory() -> None:
-    """Give freed heap pages back, or the next step would reuse them without raising the peak."""
+def return_free_memory() -> None:
+    """Give freed heap pages back to the system, where the C library can.
+
+    Before a peak is read: a step that reuses them would not raise it. Between rounds: blocks freed
+    by one variant may be of no use to the next, and a heap of gigabytes of them grows further.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -32,10 +32,11 @@ How it is measured: all variants of a table run in one process, interleaved in s
 ratio is the median over rounds of a variant's time over its base's in the same round; "fastest" is
 the ratio of the two fastest times. On the CPU torch has one thread and time is the process's CPU
 time. The floor is the least that training at the same sites can cost: the frozen tower's forward,
-and the activation gradient back to the outputs of the lowest adapted Linears. "Saved" is what
-one forward keeps for backward, without parameters, each storage counted once; "peak" is by how much
-a step raises the resident memory. "Error" is the largest difference from a float64 loop, relative
-to the largest value; whatever differs by more than rounding can explain is not timed.
+and the activation gradient back to the outputs of the lowest adapted Linears. "Saved" is what one
+forward keeps for backward, without parameters, each storage counted once. "Peak" is by how much a
+step raises the resident memory: with it counts what the allocator has freed and cannot use again.
+"Error" is the largest difference from a float64 loop, relative to the largest value; whatever
+differs by more than rounding can explain is not timed.
 
 Differences below 5 % are ties.
 """
@@ -98,6 +99,8 @@ def _machine(result: Result) -> str:
     gemm = ", ".join(f"{rate} at n = {n}" for n, rate in facts["gemm_gflops"].items())
     what = facts.get("gpu") or f"{facts['processor']} ({', '.join(facts['cpu_flags'])})"
     state = "" if result.complete else " The run was interrupted."
+    if result.settings.get("quick"):
+        state += " A quick run: small sizes, few rounds."
     return (
         f"{facts['date']}; {what}, {facts['torch_threads']} of {facts['cores']} cores, "
         f"{facts['clock']}, {facts['dtype']}; load {facts['load_average']}; {packages}. "

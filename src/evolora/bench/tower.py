@@ -180,7 +180,9 @@ def moe(backbone: DualEncoder, x: Tensor, experts: int, name: str = MOE) -> list
         selector=OracleSelectorConfig(),
     )
     method = learner(MoEAdapters, config, backbone)
-    reference = expected(backbone, method, mlp_sites, LoopMoELayer, x)
+    # In half precision a near tie of the router's logits may pick another expert than here.
+    exact = x.dtype == torch.float32
+    reference = expected(backbone, method, mlp_sites, LoopMoELayer, x) if exact else None
     own_floor = "floor beside the MLP"
     ours = Variant(
         name=name,

@@ -111,6 +111,7 @@ class SiteHost:
         self._routes: dict[str, Route] = {}
         self._handles: list[RemovableHandle] = []
         self._linears: list[_LinearSite] = []
+        self._layers: list[ExpertLayer] = []
 
     @property
     def folded_bytes(self) -> int:
@@ -119,6 +120,7 @@ class SiteHost:
 
     def insert(self, site: Site, layer: ExpertLayer) -> None:
         """Let ``layer`` add to ``site`` from the next forward on."""
+        self._layers.append(layer)
         if site.norm is None:
             linear = _LinearSite(self, site, layer)
             self._linears.append(linear)
@@ -146,6 +148,7 @@ class SiteHost:
             linear.restore()
         self._handles.clear()
         self._linears.clear()
+        self._layers.clear()
         self._routes.clear()
 
     def set_route(self, tower: str, route: Route) -> None:
@@ -160,6 +163,20 @@ class SiteHost:
             yield
         finally:
             self.enabled = before
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Run without the fast paths: nothing folded, and "gather" for every shape; to compare."""
+        merging, self.merging = self.merging, False
+        formulations = [layer.formulation for layer in self._layers]
+        for layer in self._layers:
+            layer.formulation = "gather"
+        try:
+            yield
+        finally:
+            self.merging = merging
+            for layer, formulation in zip(self._layers, formulations, strict=True):
+                layer.formulation = formulation
 
     def _wanted(self, site: Site) -> bool:
         if not self.enabled:

@@ -341,7 +341,8 @@ def test_sites_are_every_block_of_both_towers(make_backbone, kind: str) -> None:
         ({"towers": ["visoin"]}, "unknown tower 'visoin'; did you mean 'vision'"),
         ({"target_modules": ["qproj"]}, "unknown target module 'qproj'; did you mean 'q_proj'"),
         ({"layers": [2]}, "has 2 blocks; got 2"),
-        ({"layers": [-3]}, "has 2 blocks; got -3"),
+        ({"layers": [-3]}, r"has 2 blocks; got -3 \(allowed: -2 to 1, negative from the top\)"),
+        ({"layers": []}, "layers_to_transform must name at least one block; got none"),
     ],
 )
 def test_unknown_sites_are_refused(backbone: DualEncoder, arguments: Any, message: str) -> None:

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ class Backbone(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
         self.host = SiteHost()
+        self._own = tuple(model.parameters())
         self._fingerprint: tuple[int, str] | None = None
         self._caller = _Caller(self.model)
         self._weights: Mapping[str, Tensor] | None = None
@@ -145,7 +145,7 @@ class Backbone(ABC):
 
     def context(self) -> str:
         """Return all that decides what the untouched model makes of an input, as a cache key."""
-        device, dtype = self.device, next(self.model.parameters()).dtype
+        device, dtype = self._own[0].device, self._own[0].dtype
         autocast = ""
         if torch.is_autocast_enabled(device.type):
             autocast = str(torch.get_autocast_dtype(device.type))
@@ -197,7 +197,7 @@ class Backbone(ABC):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of every weight and buffer (name, shape, dtype, bytes)."""
-        writes = sum(t._version for t in chain(self.model.parameters(), self.model.buffers()))
+        writes = sum(weight._version for weight in self._own)
         if self._fingerprint is None or self._fingerprint[0] != writes:
             digest = hashlib.sha256()
             for name, tensor in sorted(self.model.state_dict().items()):

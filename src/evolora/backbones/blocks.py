@@ -79,11 +79,8 @@ def layer_statistics(hidden: Sequence[Tensor]) -> Tensor:
     """
     parts = []
     for tokens in (states.float() for states in hidden):
-        mean = tokens.mean(dim=1, keepdim=True)
-        # torch's own std walks over tokens one by one: 20 times slower
-        deviation = ((tokens - mean).square().sum(dim=1) / (tokens.shape[1] - 1)).sqrt()
-        parts.append(F.layer_norm(mean.squeeze(1), mean.shape[2:]))
-        parts.append(F.layer_norm(deviation, mean.shape[2:]))
+        parts.append(F.layer_norm(tokens.mean(dim=1), tokens.shape[2:]))
+        parts.append(F.layer_norm(tokens.std(dim=1), tokens.shape[2:]))
     return torch.cat(parts, dim=1)
 
 

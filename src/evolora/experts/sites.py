@@ -112,6 +112,7 @@ class SiteHost:
         self._handles: list[RemovableHandle] = []
         self._linears: list[_LinearSite] = []
         self._lowest: dict[str, int] = {}
+        self._layers: list[ExpertLayer] = []
 
     @property
     def folded_bytes(self) -> int:
@@ -125,6 +126,7 @@ class SiteHost:
     def insert(self, site: Site, layer: ExpertLayer) -> None:
         """Let ``layer`` add to ``site`` from the next forward on."""
         self._lowest[site.tower] = min(site.layer, self._lowest.get(site.tower, site.layer))
+        self._layers.append(layer)
         if site.norm is None:
             linear = _LinearSite(self, site, layer)
             self._linears.append(linear)
@@ -152,6 +154,7 @@ class SiteHost:
             linear.restore()
         self._handles.clear()
         self._linears.clear()
+        self._layers.clear()
         self._routes.clear()
         self._lowest.clear()
 
@@ -167,6 +170,20 @@ class SiteHost:
             yield
         finally:
             self.enabled = before
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Run without the fast paths: nothing folded, and "gather" for every shape; to compare."""
+        merging, self.merging = self.merging, False
+        formulations = [layer.formulation for layer in self._layers]
+        for layer in self._layers:
+            layer.formulation = "gather"
+        try:
+            yield
+        finally:
+            self.merging = merging
+            for layer, formulation in zip(self._layers, formulations, strict=True):
+                layer.formulation = formulation
 
     def _wanted(self, site: Site) -> bool:
         if not self.enabled:

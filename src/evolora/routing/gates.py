@@ -178,9 +178,7 @@ class TaskRouters(nn.Module):
             return Gating(ids, gates, torch.zeros_like(clean).scatter(1, ids, 1.0))
         return Gating(ids, gates, prob_in_top_k(clean, noisy, std, self.k))
 
-    def _known(
-        self, logits: Tensor, tasks: Tensor, uniform: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _known(self, logits: Tensor, tasks: Tensor, uniform: int | None) -> tuple[Tensor, Tensor]:
         """Return logits without the experts a router does not know, and who wins its ties."""
         if uniform is not None:  # numbers of Python's: nothing is looked up on the device
             known = self._pool(self.pool)[uniform]

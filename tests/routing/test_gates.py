@@ -89,18 +89,34 @@ def test_ties_go_to_the_smaller_index() -> None:
     assert ids.tolist() == [[1, 2]]
 
 
-def test_ties_begin_where_they_are_told_to() -> None:
+def test_ties_go_in_the_order_that_is_told() -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0], [9.0, 1.0, 1.0, 9.0]])
     expected = {
-        0: [[1, 2], [0, 1], [0, 3]],
-        2: [[2, 3], [2, 3], [3, 0]],
-        3: [[3, 1], [3, 0], [3, 0]],
+        (0, 1, 2, 3): [[1, 2], [0, 1], [0, 3]],
+        (2, 3, 0, 1): [[2, 3], [2, 3], [3, 0]],
+        (3, 0, 2, 1): [[3, 2], [3, 0], [3, 0]],
     }
-    for first, ids in expected.items():
-        assert top_k_softmax(logits, 2, first)[0].tolist() == ids
-    each = top_k_softmax(logits, 2, torch.tensor([2, 3, 0]))
-    assert each[0].tolist() == [[2, 3], [3, 0], [0, 3]]
+    for order, ids in expected.items():
+        assert top_k_softmax(logits, 2, torch.tensor([order]))[0].tolist() == ids
+    each = top_k_softmax(logits, 2, torch.tensor(list(expected)))
+    assert each[0].tolist() == [[1, 2], [2, 3], [3, 0]]
     torch.testing.assert_close(each[1].sum(dim=1), torch.ones(3))
+
+
+def test_a_fresh_router_starts_on_experts_that_may_learn() -> None:
+    """The frozen ones may stand anywhere in the pool; a pool that grows adds experts at the end."""
+    routers = TaskRouters(3, 5, 2)
+    routers.grow()
+    routers.grow(last=[0, 2, 4])
+    c = torch.randn(4, 3)
+    assert routers(c, torch.zeros(4, dtype=torch.long), uniform=0).ids.tolist() == [[0, 1]] * 4
+    assert routers(c, torch.ones(4, dtype=torch.long), uniform=1).ids.tolist() == [[1, 3]] * 4
+    mixed = torch.tensor([0, 1, 1, 0])
+    assert routers(c, mixed).ids.tolist() == [[0, 1], [1, 3], [1, 3], [0, 1]]
+    routers.widen(6)
+    routers.grow(last=[0, 1, 2, 3, 4])
+    assert routers(c, torch.full((4,), 2)).ids.tolist() == [[5, 0]] * 4
+    assert routers(c, mixed).ids.tolist() == [[0, 1], [1, 3], [1, 3], [0, 1]]
 
 
 def filled(d: int = 3, experts: int = 4, tasks: int = 3, k: int = 2) -> TaskRouters:

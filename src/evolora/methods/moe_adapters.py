@@ -22,7 +22,7 @@ Departures from the authors' code (each with the option that brings their behavi
 - a prompt is routed on its end token; the authors read the start token, which a causal mask makes
   the same for every prompt (``text_routing: start``);
 - noise is drawn in training only (``noise_at_test``);
-- equal logits go to the first expert that may still learn, not to whichever the sort leaves first;
+- equal logits go to experts that may still learn, not to whichever the sort leaves first;
 - routers, auto-encoders and experts grow with the tasks; the authors allocate 11, 12 and 22;
 - unselected trainable experts get a zero gradient, so AdamW may still move them by momentum; the
   authors' per-expert modules are skipped. Frozen experts are in no optimizer in either.
@@ -217,9 +217,7 @@ class MoELayer(ExpertLayer):
             self.routers.widen(len(self.bank), adopt=self.config.routers == "shared")
             self.usage.widen(len(self.bank))
         if self.config.routers == "per-task" or len(self.routers) == 0:
-            frozen = set(self.bank.frozen_ids())
-            free_ids = [expert for expert in range(len(self.bank)) if expert not in frozen]
-            self.routers.grow(first=free_ids[0] if free_ids else 0)
+            self.routers.grow(last=self.bank.frozen_ids())
         self.usage.reset()
 
     def finish_task(self) -> None:

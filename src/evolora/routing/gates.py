@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,27 +16,21 @@ NOISE_FLOOR = 0.01
 """Added to the softplus standard deviation of the gate noise."""
 
 
-def top_k_softmax(logits: Tensor, k: int, first: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+def top_k_softmax(logits: Tensor, k: int, ties: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (ids, gates), both (b, k): softmax over the k largest logits of each row.
 
-    Ties are broken toward the smaller index, counted from ``first`` on and around the end, so that
-    a fresh all-zero router is deterministic.
+    Ties are broken in a fixed order, so that a fresh all-zero router is deterministic.
 
     Args:
         logits: (b, e).
         k: experts per row.
-        first: one number, or (b,) one per row.
+        ties: (b, e) or (1, e) experts, those that win a tie first; None takes the smaller index.
     """
-    if isinstance(first, int):
-        turned = logits.roll(-first, dims=-1) if first else logits
-    else:
-        first = first.unsqueeze(1)
-        steps = torch.arange(logits.shape[-1], device=logits.device)
-        turned = logits.gather(-1, (steps + first) % logits.shape[-1])
-    order = torch.sort(turned, dim=-1, descending=True, stable=True)
+    listed = logits if ties is None else logits.gather(-1, ties.expand(logits.shape))
+    order = torch.sort(listed, dim=-1, descending=True, stable=True)
     ids = order.indices[:, :k]
-    if not isinstance(first, int) or first:
-        ids = (ids + first) % logits.shape[-1]
+    if ties is not None:
+        ids = ties.expand(logits.shape).gather(-1, ids)
     return ids, torch.softmax(order.values[:, :k], dim=-1)
 
 
@@ -98,7 +93,7 @@ class TaskRouters(nn.Module):
     """
 
     pool: Tensor
-    first: Tensor
+    ties: Tensor
 
     def __init__(
         self, d: int, experts: int, k: int, *, device: torch.device | str | None = None
@@ -107,25 +102,26 @@ class TaskRouters(nn.Module):
         self.d, self.experts, self.k = d, experts, k
         self.gate = GrowingStack(d, experts, device=device)
         self.noise = GrowingStack(d, experts, device=device)
-        for name in ("pool", "first"):
-            self.register_buffer(name, torch.empty(0, dtype=torch.long, device="cpu"))
-        self._pool, self._first = Listed(), Listed()
+        self.register_buffer("pool", torch.empty(0, dtype=torch.long, device="cpu"))
+        self.register_buffer("ties", torch.empty(0, experts, dtype=torch.long, device="cpu"))
+        self._pool = Listed()
 
     def __len__(self) -> int:
         return len(self.gate)
 
-    def grow(self, first: int = 0) -> None:
+    def grow(self, last: Collection[int] = ()) -> None:
         """Add a router for a new task, all zero as in the paper's code, and freeze the others.
 
         Args:
-            first: expert at which its ties begin to be broken; a method names its first unfrozen
-                one, so that a router that knows nothing yet starts on experts that may still learn.
+            last: experts that lose its ties; a method names the frozen ones, so that a router that
+                knows nothing yet starts on experts that may still learn.
         """
         for stack in (self.gate, self.noise):
             stack.freeze(range(len(stack)))
             stack.grow(torch.zeros(1, self.d, self.experts, device=stack.active.device))
         self.pool = torch.cat([self.pool, self.pool.new_tensor([self.experts])])
-        self.first = torch.cat([self.first, self.first.new_tensor([first])])
+        order = sorted(range(self.experts), key=lambda expert: expert in last)
+        self.ties = torch.cat([self.ties, self.ties.new_tensor([order])])
 
     def widen(self, experts: int, *, adopt: bool = False) -> None:
         """Follow a pool that has grown.
@@ -135,6 +131,8 @@ class TaskRouters(nn.Module):
             adopt: whether routers that exist may pick the new experts, as one router shared by all
                 tasks must; otherwise they keep to the experts they knew.
         """
+        new = torch.arange(self.experts, experts, device=self.ties.device)
+        self.ties = torch.cat([self.ties, new.expand(len(self.ties), -1)], dim=1)
         self.experts = experts
         if adopt:
             self.pool = torch.full_like(self.pool, experts)
@@ -168,30 +166,28 @@ class TaskRouters(nn.Module):
         """
         if torch.compiler.is_compiling():  # a graph must not freeze where routers stand now
             uniform = None
-        clean, first = self._known(self._logits(self.gate, c, tasks, uniform), tasks, uniform)
+        clean, ties = self._known(self._logits(self.gate, c, tasks, uniform), tasks, uniform)
         noisy, std = clean, None
         if random is not None:
             std = F.softplus(self._logits(self.noise, c, tasks, uniform)) + NOISE_FLOOR
             noisy = clean + std * random.normal(f"{key}/gate", tuple(clean.shape), clean)
-        ids, gates = top_k_softmax(noisy, self.k, first)
+        ids, gates = top_k_softmax(noisy, self.k, ties)
         if not chance:
             return Gating(ids, gates)
         if std is None or self.k == self.experts:
             return Gating(ids, gates, torch.zeros_like(clean).scatter(1, ids, 1.0))
         return Gating(ids, gates, prob_in_top_k(clean, noisy, std, self.k))
 
-    def _known(
-        self, logits: Tensor, tasks: Tensor, uniform: int | None
-    ) -> tuple[Tensor, int | Tensor]:
-        """Return logits without the experts a router does not know, and where its ties begin."""
+    def _known(self, logits: Tensor, tasks: Tensor, uniform: int | None) -> tuple[Tensor, Tensor]:
+        """Return logits without the experts a router does not know, and who wins its ties."""
         if uniform is not None:  # numbers of Python's: nothing is looked up on the device
             known = self._pool(self.pool)[uniform]
             if known < self.experts:
                 logits = F.pad(logits[:, :known], (0, self.experts - known), value=float("-inf"))
-            return logits, self._first(self.first)[uniform]
+            return logits, self.ties[uniform : uniform + 1].to(logits.device)
         known_of_row = self.pool.to(logits.device)[tasks].unsqueeze(1)
         unknown = torch.arange(self.experts, device=logits.device) >= known_of_row
-        return logits.masked_fill(unknown, float("-inf")), self.first.to(logits.device)[tasks]
+        return logits.masked_fill(unknown, float("-inf")), self.ties.to(logits.device)[tasks]
 
     @staticmethod
     def _logits(stack: GrowingStack, c: Tensor, tasks: Tensor, uniform: int | None) -> Tensor:

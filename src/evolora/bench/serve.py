@@ -5,7 +5,6 @@ what recognising the task adds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from evolora.methods.lora import LoRAPerTask, LoRAPerTaskConfig
 from evolora.randomness import generator
 from evolora.routing.autoencoders import AutoEncoderBank
 
-R, TASKS = 16, 16
+R, TASKS, TOKENS = 16, 16, 197
 MIXED = "Evolora, mixed batch"
 ONE = "Evolora, one route"
 ADAPTERS = (1, 4, 16, 64)
@@ -84,7 +83,7 @@ def serving(backbone: DualEncoder, x: Tensor, adapters: int) -> list[Variant]:
 def recognising(session: Session) -> None:
     """Time the auto-encoders of 16 tasks, on features of a forward that runs anyway."""
     s = session.settings
-    layers, batch = s.layers or 12, s.batch or s.either(8, 2)
+    layers, batch = s.layers or 12, s.batch or s.either(8, 4)
     backbone = build(s, layers)
     width = backbone.feature_widths()["layers"]
     scorer = AutoEncoderBank(width, 64, device=session.device)
@@ -93,18 +92,26 @@ def recognising(session: Session) -> None:
         stacks = (*scorer.networks(), scorer.center)
         scorer.add([torch.randn(stack.shape, generator=draw) / width for stack in stacks])
     x = pixels(s, batch)
-    with torch.no_grad():
-        tower: Any = backbone.model.get_submodule("vision_model")
-        every = tower(pixel_values=x, output_hidden_states=True).hidden_states
-    states = [every[depth] for depth in statistic_layers(len(every))]
-    both = whole, part = f"forward, {layers} layers", f"recognise 1 of {TASKS} tasks"
-    forward = Variant(name=whole, run=hidden(backbone), passes=("forward",), forward_base=whole)
-    recognise = replace(forward, name=part, run=lambda _: scorer.errors(layer_statistics(states)))
+    depths = statistic_layers(layers + 1)
+    wide = width // (2 * len(depths))
+    states = [torch.randn(batch, TOKENS, wide).to(x) for _ in depths]
+    features = layer_statistics(states)
+    whole, recognise = f"forward, {layers} layers", f"recognise 1 of {TASKS} tasks"
+    ways = {
+        whole: hidden(backbone),
+        "- features of four depths": lambda _: layer_statistics(states),
+        f"- errors of {TASKS} auto-encoders": lambda _: scorer.errors(features),
+        recognise: lambda _: scorer.errors(layer_statistics(states)),
+    }
+    variants = [
+        Variant(name=name, run=run, passes=("forward",), forward_base=whole)
+        for name, run in ways.items()
+    ]
     title = f"recognising the task, {layers} layers of ViT-B/16, {batch} images"
     table = session.table(title, ("ms", "share of a forward"))
-    comparison = session.time(table.title, [forward, recognise], [x], rounds=s.either(5, 3))
-    shares = {name: comparison.between((name, "forward"), (whole, "forward")) for name in both}
-    for name, share in shares.items():
-        percent = {"share of a forward": f"{100 * share.median:.2f} %"}
-        table.put(name, ms=1000 * comparison.seconds(name, "forward"), **percent)
-    session.goal("selector-share", shares[part].median)
+    comparison = session.time(title, variants, [x], rounds=s.either(5, 2))
+    for (name, which), ratio in comparison.ratios().items():
+        percent = {"share of a forward": f"{100 * ratio.median:.2f} %"}
+        table.put(name, ms=1000 * comparison.seconds(name, which), **percent)
+    share = comparison.ratio(recognise, "forward")
+    session.goal("selector-share", share.median if share else None)

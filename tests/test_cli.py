@@ -127,8 +127,9 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_ctrl_c_says_how_to_go_on() -> None:
     code = (
-        "import os, signal, evolora.doctor, evolora.cli\n"
-        "evolora.doctor.examine = lambda: os.kill(os.getpid(), signal.SIGINT) or [].pop()\n"
+        "import os, signal, time, evolora.doctor, evolora.cli\n"
+        "stop = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30))\n"
+        "evolora.doctor.examine = stop\n"
         "evolora.cli.main(['doctor'])"
     )
     command = [sys.executable, "-c", code]

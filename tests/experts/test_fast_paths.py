@@ -60,3 +60,25 @@ def test_the_matrix_is_the_same_with_and_without_fast_paths(config, monkeypatch)
         if one.is_floating_point():
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
     assert all(layer.formulation == "auto" for layer in slow.method.layers.values())
+
+
+@pytest.mark.parametrize("config", CONFIGS[:1], ids=lambda config: config.type)
+def test_a_fused_optimizer_of_the_users_own_leaves_nothing_stale(config, monkeypatch) -> None:
+    """It writes parameters without touching their version counters."""
+    monkeypatch.setattr(sites, "thresholds_for", lambda _: Thresholds(fold_min_tokens=0))
+    backbone = DualEncoder(toy_model(), ToyProcessor(), name="toy")
+    learner = Learner(backbone, method=config)
+    task, method = toy_task(0), learner.method
+    method.begin_task(task.name, task.labels)
+    optimizer = torch.optim.AdamW(method.trainable().values(), lr=0.1, fused=True)
+    batch = backbone.collate([task.train[row] for row in range(6)], task=0)
+    answers = [learner.evaluate(task), method.predict(batch, task.labels).scores]
+    for _ in range(2):
+        method(batch)["loss"].backward()
+        optimizer.step()
+        answers.append(method.predict(batch, task.labels).scores)
+    with backbone.host.plain():
+        backbone.new_state()
+        expected = method.predict(batch, task.labels).scores
+    torch.testing.assert_close(answers[-1], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(answers[1], answers[2])

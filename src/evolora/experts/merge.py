@@ -100,6 +100,10 @@ class FoldCache:
         """Bytes of the weights kept."""
         return sum(entry.weight.nbytes for entry in self._folded.values())
 
+    def clear(self) -> None:
+        """Forget every folded weight: a training step is about to change what they hold."""
+        self._folded.clear()
+
     def lookup(
         self, wanted: AlwaysOn, x: Tensor, min_tokens: int
     ) -> tuple[Tensor, AlwaysOn] | None:

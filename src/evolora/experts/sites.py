@@ -252,6 +252,8 @@ class _LinearSite:
             return
         wanted = self.host._foldable(self.site, self.layer, x)
         if wanted is None:
+            if torch.is_grad_enabled():
+                self.folds.clear()
             return
         limit = thresholds_for(x.device.type).fold_min_tokens
         found = self.folds.lookup(wanted, x, limit)

@@ -121,6 +121,7 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss": total, ...named terms} of a training batch of the current task."""
         assert batch.task is not None
+        self._tensors.forget()
         labels = self.labels[batch.task]
         task = self.expert_task(batch.task)
         route = Route.of(

@@ -18,6 +18,10 @@ class TensorVersions:
     def __init__(self) -> None:
         self._seen: list[tuple[weakref.ref[Tensor], int, int]] | None = None
 
+    def forget(self) -> None:
+        """Take the next look as a change: fused optimizers write without counting."""
+        self._seen = None
+
     def changed(self, tensors: Iterable[Tensor]) -> bool:
         """Return whether these are other tensors, or written to, since the last call."""
         now = [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]

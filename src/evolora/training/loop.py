@@ -162,6 +162,9 @@ def _step(
     if config.max_grad_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
+    # Fused optimizers write past the version counters by which caches notice a change.
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.autograd.graph.increment_version(trained)
     mean: Tensor = accelerator.reduce(total, reduction="mean")
     return float(mean)
 

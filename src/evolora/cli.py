@@ -354,6 +354,8 @@ def bench(
     from evolora.bench.runner import names_of
 
     names = names_of(name)  # a wrong name need not wait for torch
+    if quick and write is not None:
+        raise ConfigError("--write states the goals' own sizes; leave out --quick")
     from evolora.bench.goals import SLACK
     from evolora.bench.runner import run as run_benches
     from evolora.bench.settings import Settings

@@ -155,7 +155,15 @@ def test_the_command_prints_json() -> None:
     assert result["environment"]["torch_threads"] == 1
 
 
-def test_a_user_s_fault_is_one_line() -> None:
-    done = evolora("bench", "towr")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("towr",), "did you mean 'tower'"),
+        (("tower", "--quick", "--write", "page.md"), "leave out --quick"),
+        (("tower", "--dtype", "float23"), "did you mean 'float32'"),
+    ],
+)
+def test_a_user_s_fault_is_one_line(words: tuple[str, ...], said: str) -> None:
+    done = evolora("bench", *words)
     assert done.returncode == 2 and done.stdout == ""
-    assert "did you mean 'tower'" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1

@@ -99,8 +99,6 @@ def _machine(result: Result) -> str:
     gemm = ", ".join(f"{rate} at n = {n}" for n, rate in facts["gemm_gflops"].items())
     what = facts.get("gpu") or f"{facts['processor']} ({', '.join(facts['cpu_flags'])})"
     state = "" if result.complete else " The run was interrupted."
-    if result.settings.get("quick"):
-        state += " A quick run: small sizes, few rounds."
     return (
         f"{facts['date']}; {what}, {facts['torch_threads']} of {facts['cores']} cores, "
         f"{facts['clock']}, {facts['dtype']}; load {facts['load_average']}; {packages}. "

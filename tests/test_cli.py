@@ -128,6 +128,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_ctrl_c_says_how_to_go_on() -> None:
     code = (
         "import os, signal, time, evolora.doctor, evolora.cli\n"
+        # A shell starts its background jobs with the interrupt ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "stop = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30))\n"
         "evolora.doctor.examine = stop\n"
         "evolora.cli.main(['doctor'])"

@@ -57,9 +57,6 @@ def images() -> list[Any]:
     return [toy_task(i % 4).test[i % 12].inputs["image"] for i in range(64)]
 
 
-# -- answers -------------------------------------------------------------------------------------
-
-
 def test_one_image_is_answered_as_its_row_in_a_batch_of_64(
     learned: Learner, images: list[Any]
 ) -> None:
@@ -143,9 +140,6 @@ def test_a_list_may_mix_all_kinds_of_images(learned: Learner, tmp_path: Path) ->
     assert learned.predict(tuple(kinds)) == answers
 
 
-# -- the task that is told -----------------------------------------------------------------------
-
-
 def test_an_oracle_method_answers_by_the_task_it_is_told(images: list[Any]) -> None:
     learner = make(evolora.LoRAPerTask(r=2), tasks=2)
     assert {a.task for a in learner.predict(images[:8])} == {"base"}  # it cannot know
@@ -184,9 +178,6 @@ def test_a_told_task_of_a_method_without_experts_is_the_base(images: list[Any]) 
 def test_an_unknown_task_is_refused_with_the_nearest(learned: Learner, images: list[Any]) -> None:
     with pytest.raises(ConfigError, match="unknown task 'red shape'; did you mean 'red shapes'"):
         learned.predict(images[0], task="red shape")
-
-
-# -- twenty wrong inputs -------------------------------------------------------------------------
 
 
 def png(mode: str, size: tuple[int, int] = (20, 14), **options: Any) -> bytes:
@@ -270,9 +261,6 @@ def test_an_error_in_a_list_says_which_image(learned: Learner, images: list[Any]
         learned.predict([images[0], np.zeros((4, 4, 3), np.float32), images[1]])
 
 
-# -- evaluation ----------------------------------------------------------------------------------
-
-
 def test_evaluate_counts_what_predict_answers(learned: Learner) -> None:
     for index in (0, 1, 2):
         task = toy_task(index)
@@ -320,9 +308,6 @@ def test_the_seen_label_space_offsets_labels(monkeypatch: pytest.MonkeyPatch) ->
     assert learner.evaluate(tasks[0], labels=space, offset=offsets[0]).score == 0
 
 
-# -- learning ------------------------------------------------------------------------------------
-
-
 def test_a_task_name_is_learned_once(learned: Learner) -> None:
     with pytest.raises(
         ConfigError, match=r"'red shapes' is already learned .learned: red shapes, gr"
@@ -366,9 +351,6 @@ def test_a_tenth_is_held_out_where_there_is_no_validation_split() -> None:
     assert set(held.indices).isdisjoint(train.indices)
     train, held = split_held_out(task(1, 0))  # one sample must serve both
     assert (len(train), len(held)) == (1, 1)
-
-
-# -- keeping -------------------------------------------------------------------------------------
 
 
 def test_a_new_process_without_data_gives_the_same_answers(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evolora.backbones import prompts
+from evolora.backbones.blocks import layer_statistics
 from evolora.backbones.clip import DualEncoder
 from evolora.errors import ConfigError
 from evolora.learner import Learner
@@ -30,9 +31,6 @@ MOE = MoEAdaptersConfig(num_experts=3, r=4, selector=OracleSelectorConfig())
 
 def batch_of(backbone: DualEncoder, rows: int = 4, **settings: Any):
     return backbone.collate([toy_task(row % 3).train[row] for row in range(rows)], **settings)
-
-
-# -- numbers ---------------------------------------------------------------------------------------
 
 
 @KINDS
@@ -84,9 +82,6 @@ def test_chunks_of_prompts_give_the_same(make_backbone, monkeypatch: pytest.Monk
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
 
 
-# -- the token a prompt is read at -----------------------------------------------------------------
-
-
 class Recorder:
     """Which hidden state a tower's own pooling picks, found by making every state unique."""
 
@@ -131,9 +126,6 @@ def test_siglip_pools_the_last_position(make_backbone) -> None:
     assert backbone.vision_summary == "mean"
 
 
-# -- features --------------------------------------------------------------------------------------
-
-
 @KINDS
 def test_routing_features_have_their_widths_and_come_from_the_base(make_backbone, kind) -> None:
     backbone = make_backbone(kind)
@@ -155,7 +147,16 @@ def test_routing_features_have_their_widths_and_come_from_the_base(make_backbone
     assert not any(module._forward_hooks for module in backbone.blocks("vision"))
 
 
-# -- cached class embeddings -----------------------------------------------------------------------
+def test_layer_statistics_are_means_and_deviations_over_tokens() -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(3, 7, 16, generator=draw) + 5.0 for _ in range(2)]
+    expected = [
+        torch.nn.functional.layer_norm(statistic.float(), (16,))
+        for tokens in hidden
+        for statistic in (tokens.double().mean(dim=1), tokens.double().std(dim=1))
+    ]
+    got = layer_statistics(hidden)
+    torch.testing.assert_close(got, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
 
 
 def learned(make_backbone, method: Any = None) -> Learner:
@@ -266,9 +267,6 @@ def test_training_never_reads_the_cache(make_backbone) -> None:
     assert list(backbone.prompts.classes) == kept
 
 
-# -- gradient checkpointing ------------------------------------------------------------------------
-
-
 def gradients(make_backbone, method: Any, checkpointing: bool) -> tuple[dict[str, Tensor], Learner]:
     learner = Learner(make_backbone(), method=method)
     learner.begin(toy_task(0))
@@ -314,9 +312,6 @@ def test_checkpointing_survives_more_prompts_than_one_chunk(make_backbone, monke
     again, _ = gradients(make_backbone, MOE, True)
     for name, value in plain.items():
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)
-
-
-# -- sites -----------------------------------------------------------------------------------------
 
 
 @KINDS

@@ -84,9 +84,6 @@ def gradients(method: Method, embedding: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
 
 
-# -- images ----------------------------------------------------------------------------------------
-
-
 @KINDS
 @ATTENTION
 @pytest.mark.parametrize("cut", [0, 1, 3])
@@ -160,9 +157,6 @@ def test_lazy_inputs_are_read_once_and_row_by_row() -> None:
     assert list(inputs) == ["x"] and len(inputs) == 1
     with pytest.raises(KeyError):
         inputs["y"]
-
-
-# -- prompts ---------------------------------------------------------------------------------------
 
 
 @KINDS

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evolora.experts.bank import ExpertBank
+from evolora.experts.sites import Site
 
 D_IN, D_OUT, R, TOKENS = 8, 4, 3, 6
 
@@ -81,3 +82,29 @@ def assert_agree(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None
     if expected.numel():
         error = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
         assert error.item() <= tolerance, error.item()
+
+
+class Block(nn.Module):
+    """y = h + MLP(LN(h)), frozen."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(width), nn.Linear(width, width)
+        self.requires_grad_(False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.mlp(self.norm(h))
+
+    def site(self, kind: str) -> Site:
+        """The site of its MLP: "mlp" beside it, "linear" at it."""
+        width = self.mlp.in_features
+        return Site(
+            tower="vision",
+            layer=0,
+            name="a",
+            kind=kind,
+            module=self.mlp,
+            norm=self.norm if kind == "mlp" else None,
+            d_in=width,
+            d_out=width,
+        )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.experts.builders import assert_agree, randomize
-from torch import Tensor, nn
+from tests.experts.builders import Block, assert_agree, randomize
+from torch import Tensor
 
 from evolora.experts.bank import ExpertBank
 from evolora.experts.layers import SumLayer
-from evolora.experts.sites import ExpertLayer, Site, SiteHost
+from evolora.experts.sites import ExpertLayer, SiteHost
 from evolora.methods.lora import LoRAConfig, LoRALayer
 from evolora.methods.moe_adapters import MoEAdaptersConfig, MoELayer
 from evolora.routing.route import BASE, Route
@@ -17,28 +17,9 @@ from evolora.routing.route import BASE, Route
 D, ROWS, TOKENS = 8, 4, 20
 
 
-class Block(nn.Module):
-    """y = h + MLP(LN(h))."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(D), nn.Linear(D, D)
-        self.requires_grad_(False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.mlp(self.norm(h))
-
-
-def site_of(block: Block, kind: str) -> Site:
-    norm = block.norm if kind == "mlp" else None
-    return Site(
-        tower="vision", layer=0, name="a", kind=kind, module=block.mlp, norm=norm, d_in=D, d_out=D
-    )  # fmt: skip
-
-
 def layer_of(name: str, block: Block) -> ExpertLayer:
     if name == "moe":
-        layer = MoELayer(site_of(block, "mlp"), MoEAdaptersConfig(num_experts=4, r=4), "cpu")
+        layer = MoELayer(block.site("mlp"), MoEAdaptersConfig(num_experts=4, r=4), "cpu")
         for task in range(2):
             layer.begin_task(torch.Generator().manual_seed(task))
             layer.bank.freeze([task])
@@ -47,7 +28,7 @@ def layer_of(name: str, block: Block) -> ExpertLayer:
                 stack.frozen.normal_(generator=torch.Generator().manual_seed(1))
                 stack.active.normal_(generator=torch.Generator().manual_seed(2))
     else:
-        linear = site_of(block, "linear")
+        linear = block.site("linear")
         lora = LoRALayer(linear, LoRAConfig(r=2), torch.device("cpu"))
         layer = lora if name == "lora" else SumLayer(ExpertBank(D, D, 2))
         layer.bank.grow(3)
@@ -62,10 +43,10 @@ def layer_of(name: str, block: Block) -> ExpertLayer:
 def test_compiled_equals_eager(name: str, mixed: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    block = Block()
+    block = Block(D)
     layer = layer_of(name, block)
     host = SiteHost()
-    host.insert(site_of(block, "mlp" if name == "moe" else "linear"), layer)
+    host.insert(block.site("mlp" if name == "moe" else "linear"), layer)
     route = Route(torch.tensor([0, 1, BASE, 1])) if mixed else Route.of(1, ROWS)
     assert route.of_active.rows > 0  # which rows are active is read before the graph, once
     host.set_route("vision", route)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.experts.builders import assert_agree, make_bank, randomize
-from torch import Tensor, nn
+from tests.experts.builders import Block, assert_agree, make_bank, randomize
+from torch import nn
 
 from evolora.experts.bank import ExpertBank
 from evolora.experts.layers import SumLayer
 from evolora.experts.mixing import mix
-from evolora.experts.sites import Site, SiteHost
+from evolora.experts.sites import SiteHost
 from evolora.methods.lora import LoRAConfig, LoRALayer
 from evolora.methods.moe_adapters import MoEAdaptersConfig, MoELayer
 from evolora.randomness import StepRandom
@@ -20,26 +20,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 D, ROWS, TOKENS = 64, 4, 20
 
 
-class Block(nn.Module):
-    """y = h + MLP(LN(h))."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(D), nn.Linear(D, D)
-        self.requires_grad_(False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.mlp(self.norm(h))
-
-
 def hosted(name: str) -> tuple[Block, SiteHost, nn.Module]:
     torch.manual_seed(0)
-    block = Block()
-    norm = block.norm if name == "moe" else None
-    kind = "mlp" if name == "moe" else "linear"
-    site = Site(
-        tower="vision", layer=0, name="a", kind=kind, module=block.mlp, norm=norm, d_in=D, d_out=D
-    )  # fmt: skip
+    block = Block(D)
+    site = block.site("mlp" if name == "moe" else "linear")
     if name == "moe":
         layer: nn.Module = MoELayer(
             site, MoEAdaptersConfig(num_experts=6, r=8), torch.device("cpu")

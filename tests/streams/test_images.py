@@ -39,9 +39,6 @@ def pixel(image: torch.Tensor, row: int = 0, column: int = 0) -> list[int]:
     return [int(value) for value in image[:, row, column]]
 
 
-# ---- what is read ------------------------------------------------------------------------------
-
-
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
     array = photo(6, 9)
     expected = torch.from_numpy(array).permute(2, 0, 1)
@@ -147,9 +144,6 @@ def test_hundred_megapixels_are_read(tmp_path: Path) -> None:
 def test_long_narrow_jpeg_keeps_its_short_side() -> None:
     data = encode(Image.new("RGB", (30_000, 600), (90, 120, 30)), "JPEG")
     assert tuple(read_image(data).shape) == (3, 600, 30_000)
-
-
-# ---- what is refused ---------------------------------------------------------------------------
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -259,9 +253,6 @@ def test_wrong_types_shapes_and_dtypes(source: Any, says: str) -> None:
 def test_float_image_files_are_refused() -> None:
     image = Image.fromarray(np.zeros((2, 2), dtype=np.float32))
     assert "no agreed range" in refused(encode(image, "TIFF"))
-
-
-# ---- crops -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

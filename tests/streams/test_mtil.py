@@ -40,9 +40,6 @@ def keys(data: object) -> list[str]:
     return [data[row].key for row in range(len(data))]  # type: ignore[index,arg-type]
 
 
-# ---- facts -------------------------------------------------------------------------------------
-
-
 def test_orders_and_counts_are_the_published_ones() -> None:
     assert ORDERS["I"][0] == "aircraft" and ORDERS["I"][-1] == "sun397"
     assert ORDERS["II"] == (
@@ -93,9 +90,6 @@ def test_class_names_are_rewritten_as_published() -> None:
     assert class_name("sun397", "/a/apartment_building/outdoor") == "apartment building/outdoor"
     assert class_name("mnist", "7") == "7 - seven"
     assert class_name("food", "apple_pie") == "apple pie"
-
-
-# ---- folders -----------------------------------------------------------------------------------
 
 
 def test_whole_stream_in_both_orders(root: Path) -> None:
@@ -202,9 +196,6 @@ def test_partial_data_is_said_to_be_partial(root: Path, caplog: pytest.LogCaptur
     assert "mtil/flowers has 2 training and 2 test samples" in caplog.text
 
 
-# ---- shots and limit ---------------------------------------------------------------------------
-
-
 def test_shots_take_as_many_of_each_class_and_leave_the_test(root: Path) -> None:
     task = only(mtil.load(root=root, order=["cifar100"], shots=2))
     assert sorted(labels(task.train)) == [0, 0, 1, 1, 2, 2]
@@ -224,9 +215,6 @@ def test_limit_is_balanced_over_classes_and_seeded(root: Path) -> None:
     assert len(task.test) == 6
     small = only(mtil.load(root=root, order=["cifar100"], limit=2))
     assert len(set(labels(small.train))) == 2 and len(small.test) == 2
-
-
-# ---- errors ------------------------------------------------------------------------------------
 
 
 def test_all_missing_data_sets_are_listed_at_once(tmp_path: Path) -> None:

@@ -32,9 +32,6 @@ def counts(task: Task, split: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-# ---- folders -----------------------------------------------------------------------------------
-
-
 def test_tasks_classes_and_stratified_hold_outs(tmp_path: Path) -> None:
     fill(tmp_path / "pets", {"cat": 10, "big_dog": 20})
     fill(tmp_path / "cars", {"audi": 10, "bmw": 10})
@@ -209,9 +206,6 @@ def test_a_test_class_without_training_images_is_refused(tmp_path: Path) -> None
     fill(tmp_path / "t" / "test", {"a": 1, "b": 1})
     with pytest.raises(StreamError, match="class 'b' has no training image"):
         load_folder(root=tmp_path)
-
-
-# ---- CSV ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

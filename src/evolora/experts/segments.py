@@ -13,6 +13,7 @@ need not know their lengths). Adding into ``out`` also sums a row's experts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -85,7 +86,7 @@ def _parts(stack: GrowingStack, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return stack.frozen.to(dtype), stack.active.to(dtype)
 
 
-class _Plan:
+class _Plan(ABC):
     """Pairs (sample, chosen expert) in the order of the experts' places, and the three products.
 
     Attributes:
@@ -115,17 +116,17 @@ class _Plan:
         zeros = torch.zeros(self.total, dtype=torch.long, device=self.place.device)
         return zeros.index_add_(0, self.place, torch.ones_like(self.place)) * self.tokens
 
+    @abstractmethod
     def gather(self, rows: Tensor, frozen: Tensor, active: Tensor) -> Tensor:
         """Return rows[token] @ W_e^T, (p n, r), with the factors (e, r, d) in two parts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scatter(self, into: Tensor, hidden: Tensor, frozen: Tensor, active: Tensor) -> Tensor:
         """Add hidden @ W_e to into[token]; returns ``into``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outer(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Return hidden^T @ rows[token] of every trainable expert, (e, r, d)."""
-        raise NotImplementedError
 
 
 class _Segments(_Plan):

@@ -68,13 +68,15 @@ class Batch:
 
     Args:
         inputs: name -> tensor with rows first, as the model's towers take them.
-        labels: (b,) int64 class index.
+        labels: (b,) int64 class index; with several labels per sample (b, c) float of 0 and 1.
         keys: identifier of each sample.
         task: index of the samples' task in the stream; read in training and by oracles only.
         random: randomness of the training step; None in evaluation.
         step_labels: class indices of the whole global batch where several processes share it.
         known: which samples these are and where results on them are kept; None computes all anew.
         prefix: activations of the vision tower to go on from; None begins with the inputs.
+        present: modality -> (b,) whether the sample has it, from the data; a modality that is not
+            named is present everywhere. What ``inputs`` hold for a missing one is a constant.
     """
 
     inputs: Mapping[str, Tensor]
@@ -85,6 +87,7 @@ class Batch:
     step_labels: Tensor | None = None
     known: Known | None = None
     prefix: Prefix | None = None
+    present: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -107,6 +110,7 @@ class Batch:
             keys=tuple(self.keys[row] for row in chosen),
             known=self.known.take(chosen) if self.known else None,
             prefix=replace(self.prefix, hidden=self.prefix.hidden[rows]) if self.prefix else None,
+            present={name: value[rows] for name, value in self.present.items()},
         )
 
 

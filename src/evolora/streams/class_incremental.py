@@ -234,5 +234,12 @@ def _with_labels(data: Examples) -> Labelled:
     """Return the data set with its labels listed; read off the samples where it has no list."""
     if isinstance(data, Labelled):
         return data
-    labels = [data[row].label for row in range(len(data))]
+    labels: list[int] = []
+    for row in range(len(data)):
+        example = data[row]
+        if not isinstance(example.label, int):
+            raise StreamError(
+                f"{example.key}: classes can be split among tasks only where a sample has one label"
+            )
+        labels.append(example.label)
     return Rows(data=data, indices=range(len(data)), labels=labels)

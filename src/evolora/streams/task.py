@@ -18,13 +18,13 @@ class Example:
     Args:
         inputs: modality -> value; "image" is a uint8 tensor (3, height, width) in RGB, "text" a
             string. A missing modality is absent from the mapping, never a placeholder.
-        label: class index for classification.
+        label: class index; with several labels per sample, a 0 or 1 for each class of the task.
         key: stable identifier within its task and split (file name, row number); names the sample
             in errors and caches.
     """
 
     inputs: Mapping[str, Any]
-    label: int
+    label: int | tuple[int, ...]
     key: str
 
 
@@ -48,10 +48,12 @@ class LabelSpace:
         classes: human-readable class names; the index is the label.
         templates: prompts with one "{}"; the first is used in training, all are averaged in
             evaluation (CLIP's prompt ensembling).
+        multi_label: a sample may have any number of the classes (judged by F1, trained by BCE).
     """
 
     classes: tuple[str, ...]
     templates: tuple[str, ...] = ("a photo of a {}.",)
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         if not self.classes:
@@ -78,7 +80,8 @@ class Task:
             empty, then a share of ``train`` is held out for it.
         labels: label space of this task alone.
         modalities: the modalities this task's inputs may have.
-        metric: name of the metric of a test score, "accuracy" for classification.
+        metric: name of the metric of a test score: "accuracy" of one class per sample, "macro-f1"
+            of several (see :mod:`evolora.evaluation.metrics`).
     """
 
     name: str

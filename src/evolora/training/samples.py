@@ -27,7 +27,7 @@ class Sample:
             an equal key need not have anything in common.
     """
 
-    label: int
+    label: int | tuple[int, ...]
     key: str
     content: bytes
 

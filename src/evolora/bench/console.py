@@ -22,7 +22,7 @@ def print_report(report: Report, console: Console, slack: float = 0.0) -> None:
     for verdict in verdicts:
         goal, word = verdict.goal, verdict.word
         style = _STYLES.get(word, "yellow")
-        goals.add_row(goal.what, goal.bound, f"{verdict.value:.3g}", word, style=style)
+        goals.add_row(goal.what, goal.bound, f"{verdict.value:.4g}", word, style=style)
     console.print(goals)
 
 

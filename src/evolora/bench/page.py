@@ -74,7 +74,7 @@ def _goals(results: Sequence[Result]) -> str:
     for verdict in judge(measured):
         goal = verdict.goal
         lines.append(
-            f"| {goal.what} | {goal.usual} | {goal.bound} | {verdict.value:.3g} | {verdict.word} |"
+            f"| {goal.what} | {goal.usual} | {goal.bound} | {verdict.value:.4g} | {verdict.word} |"
         )
     return "\n".join([*lines, ""])
 

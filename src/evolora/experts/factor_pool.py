@@ -147,7 +147,7 @@ class FactorPool(nn.Module):
         return first + best_down, first + best_up, gates
 
     def factors(self, down: Tensor, up: Tensor) -> Factors:
-        """Return the chosen factors as one thin pair of each sample: (b, r, d_in), (b, r, d_out)."""
+        """Return the chosen factors of each sample: (b, r, d_in) and (b, r, d_out)."""
         return Factors(a=self.A.take(down), b=self.B.take(up))
 
     def flops(self, tokens: int) -> int:

@@ -296,7 +296,7 @@ def test_the_seen_label_space_offsets_labels(monkeypatch: pytest.MonkeyPatch) ->
     class Answered:
         """Says class 4 ("11") for every image."""
 
-        labels = torch.full((12,), 4)
+        scores = torch.eye(6)[torch.full((12,), 4)]
         tasks = torch.full((12,), -1)
 
     learner = make(evolora.ZeroShot())

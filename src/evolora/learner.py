@@ -15,6 +15,7 @@ from evolora.answering import Answer, answer_images, answerer
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.evaluation.cost import Cost, measure_cost
+from evolora.evaluation.tally import tally_for
 from evolora.methods.base import Method, Objective
 from evolora.registry import METHODS
 from evolora.routing.route import BASE
@@ -42,14 +43,16 @@ class Evaluation:
     """How one task's test set was answered.
 
     Args:
-        score: accuracy in [0, 1].
+        score: the task's metric, in [0, 1].
         samples: number of test samples.
         routes: who answered ("base", a task's name, "shared") -> number of samples.
+        by_case: the score over complete samples and over those that lack a modality.
     """
 
     score: float
     samples: int
     routes: Mapping[str, int]
+    by_case: Mapping[str, float]
 
 
 @dataclass(kw_only=True)
@@ -321,20 +324,29 @@ class Learner:
         self.method.eval()
         space = labels or task.labels
         oracle = self.task_names.index(task.name) if task.name in self.task_names else None
-        counts = torch.zeros(len(self.task_names) + 2, dtype=torch.long)  # correct, base, tasks...
+        tally = tally_for(task.metric, len(task.labels.classes))
+        answered = torch.zeros(len(self.task_names) + 1, dtype=torch.long)  # base, tasks...
         rows = self._own_range(len(task.test))
         with self.reporter.bar(f"test {task.name}", len(rows)) as bar:
             for batch in self._batches(task.test, rows):
                 predicted = self.method.predict(batch, space, oracle=oracle)
-                counts[0] += int((predicted.labels == batch.labels + offset).sum())
-                answered = predicted.tasks.cpu() + 1
-                counts[1:] += torch.bincount(answered, minlength=len(self.task_names) + 1)
+                tally.add(predicted.scores, batch, offset)
+                answered += torch.bincount(predicted.tasks.cpu() + 1, minlength=len(answered))
                 bar.advance(len(batch))
-        reduced: Tensor = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
-        correct, base, *tasks = reduced.tolist()
+        tally.counts = self._summed(tally.counts)
+        base, *tasks = self._summed(answered).tolist()
         counted = [(BASE, base), *enumerate(tasks)]
-        routes = {answerer(self.method, task): count for task, count in counted if count}
-        return Evaluation(score=correct / len(task.test), samples=len(task.test), routes=routes)
+        return Evaluation(
+            score=tally.score(),
+            samples=len(task.test),
+            routes={answerer(self.method, task): count for task, count in counted if count},
+            by_case=tally.by_case(),
+        )
+
+    def _summed(self, counts: Tensor) -> Tensor:
+        """Return whole numbers summed over processes."""
+        total: Tensor = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
+        return total.cpu()
 
     def _batches(self, data: Examples, rows: range) -> Iterator[Batch]:
         """Yield rows of a data set without augmentation."""

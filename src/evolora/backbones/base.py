@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class Backbone(ABC):
     towers: tuple[str, ...]
     vision_summary: str = "first"
     input_names: tuple[str, ...] = ("pixel_values",)
+    answers: Literal["prompts", "heads"] = "prompts"
+    modalities: tuple[str, ...] = ("image",)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -86,6 +88,11 @@ class Backbone(ABC):
     @abstractmethod
     def width(self) -> int:
         """Width p of the embedding."""
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """Width of each part of the embedding; a part may be missing (NaN) in a sample."""
+        return {"all": self.width}
 
     @abstractmethod
     def feature_widths(self) -> dict[str, int]:

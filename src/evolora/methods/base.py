@@ -21,13 +21,16 @@ from evolora.backbones.base import Backbone, Batch, Encoded
 from evolora.errors import ConfigError
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
+from evolora.methods.heads import TaskHeads
 from evolora.methods.versions import TensorVersions
+from evolora.randomness import generator
 from evolora.routing.features import FeatureExtractor
 from evolora.routing.route import BASE, Route
 from evolora.routing.selector import AlwaysSelector, Selector
 from evolora.streams.task import LabelSpace
 
 Routing = Literal["task-free", "oracle", "none"]
+HeadMode = Literal["selected", "all_seen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class Prediction:
     """Answers for a batch.
 
     Args:
-        scores: (b, c) probabilities over the label space.
+        scores: (b, c) probabilities over the label space; they sum to 1 unless a sample may have
+            several labels.
         tasks: (b,) which task's experts answered, or BASE.
     """
 
@@ -70,6 +74,12 @@ class Method(nn.Module):
         routing: how it knows the task at inference: "task-free", told by an "oracle", or "none".
         joint: True trains on all tasks at once (an upper bound, not a continual learner).
         replaces_weights: True runs the model with other weights than the frozen ones.
+        needs_prompts: True answers by class-name prompts alone, which not every backbone has.
+
+    Attributes:
+        heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
+        head_mode: which heads answer: that of the "selected" task, or those of "all_seen" tasks.
+            Methods that know no task ask all of them.
 
     Args:
         config: instance of ``config_class``.
@@ -81,9 +91,14 @@ class Method(nn.Module):
     routing: Routing = "none"
     joint: ClassVar[bool] = False
     replaces_weights: ClassVar[bool] = False
+    needs_prompts: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
+        if self.needs_prompts and backbone.answers == "heads":
+            raise ConfigError(
+                f"{config.type} answers by class-name prompts; {type(backbone).__name__} has none"
+            )
         self.config = config
         self.backbone = backbone
         self.seed = seed
@@ -91,6 +106,10 @@ class Method(nn.Module):
         self.selector: Selector = AlwaysSelector(BASE)
         self.labels: list[LabelSpace] = []
         self.task_names: list[str] = []
+        self.heads: TaskHeads | None = None
+        if backbone.answers == "heads":
+            self.heads = TaskHeads(backbone.parts, self.labels, device=backbone.device)
+        self.head_mode: HeadMode = "selected"
         self.objective = Objective()
         self.reuse = True  # what lies below the experts is computed once (training.prefix_cache)
         self._tensors = TensorVersions()
@@ -104,7 +123,11 @@ class Method(nn.Module):
         """Take up a new task: allocate its experts, trainable."""
         self.task_names.append(name)
         self.labels.append(labels)
-        self.allocate(len(self.labels) - 1)
+        task = len(self.labels) - 1
+        if self.heads is not None:
+            draw = generator(self.seed, "head", task)
+            self.heads.add(labels, draw, freeze=not self.joint)
+        self.allocate(task)
         if self.backbone.device.type != "meta":  # counting on shapes keeps its indices on the CPU
             self.to(self.backbone.device)
 
@@ -131,9 +154,24 @@ class Method(nn.Module):
             summary=self.backbone.vision_summary,
             random=batch.random,
         )
-        subset, targets = self._step_classes(batch, labels)
         with self.weights():
             embedding = self.backbone.encode(batch, route)
+            loss = self.task_loss(embedding, batch, labels, task)
+        extra = self.extra_losses()
+        total = loss + sum(extra.values()) if extra else loss
+        return {"loss": total, "task": loss.detach(), **{k: v.detach() for k, v in extra.items()}}
+
+    def task_loss(self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int) -> Tensor:
+        """Return the classification loss of embeddings (b, p) of the current data task.
+
+        Cross-entropy among its classes, or binary cross-entropy of each where a sample may have
+        several.
+        """
+        assert batch.task is not None
+        if self.heads is not None:
+            logits, targets = self.heads.of_task(embedding, batch.task), batch.labels
+        else:
+            subset, targets = self._step_classes(batch, labels)
             classes = self.backbone.class_embeddings(
                 labels,
                 task,
@@ -143,12 +181,11 @@ class Method(nn.Module):
                 reuse=self.reuse,
             )
             logits = self.backbone.logits(embedding, classes)
-        loss = nn.functional.cross_entropy(
-            logits, targets, label_smoothing=self.objective.label_smoothing
-        )
-        extra = self.extra_losses()
-        total = loss + sum(extra.values()) if extra else loss
-        return {"loss": total, "task": loss.detach(), **{k: v.detach() for k, v in extra.items()}}
+        smoothing = self.objective.label_smoothing
+        if labels.multi_label:
+            targets = targets.to(logits.dtype) * (1.0 - smoothing) + 0.5 * smoothing
+            return nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        return nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def extra_losses(self) -> dict[str, Tensor]:
         """Return the method's own weighted loss terms of the forward that just ran."""
@@ -209,12 +246,23 @@ class Method(nn.Module):
         logits: Tensor | None = None
         for task in torch.unique(tasks).tolist():
             rows = torch.nonzero(tasks == task).squeeze(1)
-            part = self.backbone.logits(embedding[rows], self.classifier(labels, task))
+            part = self._logits(embedding[rows], task, labels)
             if logits is None:
                 logits = part.new_empty(len(embedding), part.shape[1])
             logits[rows] = part
         assert logits is not None
-        return Prediction(scores=torch.softmax(logits, dim=1), tasks=tasks)
+        scores = logits.sigmoid() if labels.multi_label else logits.softmax(dim=1)
+        return Prediction(scores=scores, tasks=tasks)
+
+    def _logits(self, embedding: Tensor, task: int, labels: LabelSpace) -> Tensor:
+        """Return logits (b, c) of embeddings (b, p) that ``task`` (or the base) answers."""
+        if self.heads is None:
+            return self.backbone.logits(embedding, self.classifier(labels, task))
+        alone = self.head_mode == "selected" and self.routing != "none" and task != BASE
+        # Asked for classes that only other tasks taught, the features are still the task's.
+        if alone and not set(labels.classes).isdisjoint(self.labels[task].classes):
+            return self.heads.among(embedding, labels, [task])
+        return self.heads.among(embedding, labels, range(len(self.labels)))
 
     def routing_features(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """Return the features the selector reads, by name."""

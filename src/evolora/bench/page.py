@@ -34,7 +34,8 @@ the ratio of the two fastest times. On the CPU torch has one thread and time is 
 time. The floor is the least that training at the same sites can cost: the frozen tower's forward,
 and the activation gradient back to the outputs of the lowest adapted Linears. "Saved" is what one
 forward keeps for backward, without parameters, each storage counted once. "Peak" is by how much a
-step raises the resident memory: with it counts what the allocator has freed and cannot use again.
+step raises the resident memory, with blocks of a MiB and more mapped one by one: what a heap has
+freed and cannot use again depends on what ran before, and would come on top.
 "Error" is the largest difference from a float64 loop, relative to the largest value; whatever
 differs by more than rounding can explain is not timed.
 

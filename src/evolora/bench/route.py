@@ -145,7 +145,7 @@ def fitted(timed: Sequence[Timed], start: Thresholds) -> Thresholds:
 
     best = start
     for names in itertools.combinations(CANDIDATES, 2):
-        columns = [{getattr(best, name), *CANDIDATES[name]} for name in names]
+        columns = [dict.fromkeys((getattr(best, name), *CANDIDATES[name])) for name in names]
         kinds = [type(getattr(start, name)) for name in names]
         for values in itertools.product(*columns):
             cast = {n: kind(v) for n, kind, v in zip(names, kinds, values, strict=True)}

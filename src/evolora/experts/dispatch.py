@@ -5,7 +5,8 @@ With n tokens that share a route, R = k * r active rank and e experts in the poo
     one route for all rows              shared   (frozen linear experts: see experts/merge.py)
     per sample, n >= 16 and R <= 2 n    gather   cost does not depend on e
     per sample, n >= 16 and R >  2 n    sorted   copying factors costs more than sorting tokens
-    n < 16 or per token, e * r <= 128   stacked  one product over the whole pool
+    n < 16, e * r <= 128                stacked  one product over the whole pool
+    per token, e * r <= 64              stacked
     otherwise                           sorted
 
 "sorted" means rows sorted by expert: one product per expert ("segments"), or one ``grouped_mm``
@@ -46,7 +47,7 @@ class Thresholds:
     gather_min_tokens: int = 16
     gather_max_rank_per_token: float = 2.0
     stacked_max_rows_single: int = 128
-    stacked_max_rows_token: int = 128
+    stacked_max_rows_token: int = 64
     segments_min_rows: int = 16
     fold_min_tokens: int = 2048
 

@@ -11,12 +11,9 @@ from hypothesis.extra.numpy import arrays
 
 from evolora.errors import DataError
 from evolora.evaluation.scores import (
-    PartScore,
-    accuracy_by_missing,
     label_counts,
     macro_f1,
     macro_f1_of_counts,
-    rows_by_missing,
 )
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.0, 0.0], [-1.0, 3.0, 0.0, 0.0]])
@@ -78,17 +75,3 @@ def test_what_is_no_probability_or_label_is_refused() -> None:
     for columns in ([], [4], [-1]):
         with pytest.raises(DataError, match="columns must be some of 0 to 3"):
             macro_f1(LOGITS.sigmoid(), LABELS, columns=columns)
-
-
-def test_accuracy_is_split_by_what_is_missing() -> None:
-    parts = accuracy_by_missing(torch.tensor([True, False, True, True, False]), [0, 0, 1, 1, 1])
-    assert parts == {
-        "complete": PartScore(score=0.5, samples=2),
-        "text_missing": PartScore(score=pytest.approx(2 / 3), samples=3),
-        "image_missing": PartScore(score=None, samples=0),
-    }
-    assert rows_by_missing([2, 0, 2])["image_missing"].tolist() == [0, 2]
-    with pytest.raises(DataError, match="one missing code per answer"):
-        accuracy_by_missing([True], [0, 1])
-    with pytest.raises(DataError, match="0, 1 and 2"):
-        rows_by_missing([3])

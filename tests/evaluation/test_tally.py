@@ -37,8 +37,8 @@ def test_accuracy_and_its_cases() -> None:
     tally = parts(Accuracy(), scores, labels, 2)
     said = scores.argmax(dim=1)
     assert tally.score() == accuracy_score(labels + 2, said)
-    for code, name in enumerate(("complete", "text missing", "image missing")):
-        rows = CODES == code
+    for code, name in enumerate(("complete", "text_missing", "image_missing")):
+        rows = code == CODES
         assert tally.by_case()[name] == accuracy_score(labels[rows] + 2, said[rows])
 
 
@@ -50,7 +50,7 @@ def test_macro_f1_and_its_cases() -> None:
     assert tally.score() == pytest.approx(expected)
     rows = CODES == 1
     expected = f1_score(labels[rows], said[rows], average="macro", zero_division=0)
-    assert tally.by_case()["text missing"] == pytest.approx(expected)
+    assert tally.by_case()["text_missing"] == pytest.approx(expected)
 
 
 def test_golden_f1() -> None:
@@ -66,4 +66,4 @@ def test_golden_f1() -> None:
 def test_a_case_that_does_not_occur_has_no_score() -> None:
     tally = Accuracy()
     tally.add(drawn(2, 3), batch_of(torch.tensor([0, 1]), torch.tensor([1, 1])), 0)
-    assert set(tally.by_case()) == {"text missing"}
+    assert set(tally.by_case()) == {"text_missing"}

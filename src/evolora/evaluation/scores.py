@@ -1,4 +1,4 @@
-"""Scores of one test set: macro-F1 of several labels per sample, and scores by what is missing.
+"""Macro-F1 of a test set whose samples may have several labels.
 
 Macro-F1, stated once: a label is predicted where its probability is above the threshold (0.5, so a
 probability of exactly 0.5 is a no); F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c) over all samples; the
@@ -10,29 +10,14 @@ tasks are added, whatever is learned; over the columns of the samples' own task 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from evolora.errors import DataError
-from evolora.streams.missing import CODE_NAMES
 
 THRESHOLD = 0.5
 Counts = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartScore:
-    """Score of a part of a test set.
-
-    Args:
-        score: in [0, 1]; None where the part is empty.
-        samples: in the part.
-    """
-
-    score: float | None
-    samples: int
 
 
 def label_counts(
@@ -95,35 +80,3 @@ def macro_f1(
 ) -> float:
     """Return the macro-F1 of a test set; arguments of `label_counts` and `macro_f1_of_counts`."""
     return macro_f1_of_counts(label_counts(probabilities, labels, threshold=threshold), columns)
-
-
-def rows_by_missing(codes: ArrayLike) -> dict[str, NDArray[np.int64]]:
-    """Return "complete", "text_missing", "image_missing" -> rows, in this order.
-
-    Args:
-        codes: (b,) missing codes.
-
-    Raises:
-        DataError: a code that is none of 0, 1, 2.
-    """
-    given = np.asarray(codes)
-    if given.ndim != 1 or not np.isin(given, range(len(CODE_NAMES))).all():
-        raise DataError(f"missing codes are a list of 0, 1 and 2; got shape {given.shape}")
-    return {name: np.flatnonzero(given == code) for code, name in enumerate(CODE_NAMES)}
-
-
-def accuracy_by_missing(correct: ArrayLike, codes: ArrayLike) -> dict[str, PartScore]:
-    """Return the accuracy of complete, text-missing and image-missing samples apart.
-
-    Args:
-        correct: (b,) whether each answer is right.
-        codes: (b,) missing code of each sample.
-    """
-    right = np.asarray(correct, dtype=bool)
-    groups = rows_by_missing(codes)
-    if right.shape != (sum(map(len, groups.values())),):
-        raise DataError(f"one missing code per answer is needed; got {right.shape[0]} answers")
-    return {
-        name: PartScore(score=float(right[rows].mean()) if len(rows) else None, samples=len(rows))
-        for name, rows in groups.items()
-    }

@@ -1,9 +1,7 @@
 """Tallies: counts over a test set from which its score follows, summed over batches and processes.
 
-Accuracy counts right answers. Macro-F1 judges several labels per sample: a class is said to be there
-if its probability exceeds 1/2; F1 = 2 TP / (2 TP + FP + FN) of each of the task's own classes, 0
-where a class neither occurs nor is predicted; the score is their mean. Both are also kept by which
-modalities the samples lacked.
+Accuracy counts right answers; macro-F1 judges several labels per sample, over the task's own
+classes (:mod:`evolora.evaluation.scores`). Both are also kept by which modality was missing.
 """
 
 from __future__ import annotations
@@ -15,16 +13,14 @@ import torch
 from torch import Tensor
 
 from evolora.backbones.batch import Batch
-
-CASES = ("complete", "text missing", "image missing")
-"""What a sample may lack; the index is the missing code of its manifest."""
-THRESHOLD = 0.5
+from evolora.evaluation.scores import label_counts, macro_f1_of_counts
+from evolora.streams.missing import CODE_NAMES, LOST
 
 
 def cases(batch: Batch) -> Tensor:
     """Return the missing code of each row, (b,): 0 complete, 1 without text, 2 without image."""
     codes = torch.zeros(len(batch), dtype=torch.long)
-    for code, name in ((1, "text"), (2, "image")):
+    for code, name in LOST.items():
         if name in batch.present:
             codes[~batch.present[name].cpu()] = code
     return codes
@@ -52,7 +48,7 @@ class Tally(ABC):
 
     def by_case(self) -> Mapping[str, float]:
         """Return the score over the samples of each case that occurs."""
-        scores = zip(CASES, map(self._score, self.counts), strict=True)
+        scores = zip(CODE_NAMES, map(self._score, self.counts), strict=True)
         return {name: score for name, score in scores if score is not None}
 
 
@@ -60,7 +56,7 @@ class Accuracy(Tally):
     """Share of samples whose most probable class is their label."""
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(len(CASES), 2, dtype=torch.long)
+        self.counts = torch.zeros(len(CODE_NAMES), 2, dtype=torch.long)
 
     def add(self, scores: Tensor, batch: Batch, offset: int) -> None:
         right = (scores.argmax(dim=1) == batch.labels + offset).cpu()
@@ -79,20 +75,19 @@ class MacroF1(Tally):
     """
 
     def __init__(self, classes: int) -> None:
-        self.counts = torch.zeros(len(CASES), classes, 4, dtype=torch.long)
+        # Per case: right, wrongly given and missed labels, and the number of samples.
+        self.counts = torch.zeros(len(CODE_NAMES), 4, classes, dtype=torch.long)
 
     def add(self, scores: Tensor, batch: Batch, offset: int) -> None:
-        truth = batch.labels.cpu() > THRESHOLD
-        said = scores[:, offset : offset + truth.shape[1]].cpu() > THRESHOLD
-        found = torch.stack([said & truth, said & ~truth, ~said & truth, ~said & ~truth], 2)
-        self.counts.index_add_(0, cases(batch), found.long())
+        truth, codes = batch.labels.cpu(), cases(batch)
+        own = scores[:, offset : offset + truth.shape[1]].cpu()
+        for code in sorted(set(codes.tolist())):
+            rows = codes == code
+            self.counts[code, :3] += torch.from_numpy(label_counts(own[rows], truth[rows]))
+            self.counts[code, 3] += int(rows.sum())
 
     def _score(self, counts: Tensor) -> float | None:
-        if not int(counts.sum()):
-            return None
-        right, wrong, missed, _ = counts.unbind(1)
-        judged = 2 * right + wrong + missed
-        return float((2 * right / judged.clamp(min=1)).double().mean())
+        return macro_f1_of_counts(counts[:3]) if int(counts[3, 0]) else None
 
 
 def tally_for(metric: str, classes: int) -> Tally:

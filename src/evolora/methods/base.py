@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import Backbone, Batch, Encoded, prompts_of
 from evolora.errors import ConfigError
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
@@ -134,7 +134,7 @@ class Method(nn.Module):
         subset, targets = self._step_classes(batch, labels)
         with self.weights():
             embedding = self.backbone.encode(batch, route)
-            classes = self.backbone.class_embeddings(
+            classes = prompts_of(self.backbone).class_embeddings(
                 labels,
                 task,
                 random=batch.random.whole() if batch.random else None,
@@ -142,7 +142,7 @@ class Method(nn.Module):
                 ensemble=False,
                 reuse=self.reuse,
             )
-            logits = self.backbone.logits(embedding, classes)
+            logits = prompts_of(self.backbone).logits(embedding, classes)
         loss = nn.functional.cross_entropy(
             logits, targets, label_smoothing=self.objective.label_smoothing
         )
@@ -209,7 +209,7 @@ class Method(nn.Module):
         logits: Tensor | None = None
         for task in torch.unique(tasks).tolist():
             rows = torch.nonzero(tasks == task).squeeze(1)
-            part = self.backbone.logits(embedding[rows], self.classifier(labels, task))
+            part = prompts_of(self.backbone).logits(embedding[rows], self.classifier(labels, task))
             if logits is None:
                 logits = part.new_empty(len(embedding), part.shape[1])
             logits[rows] = part
@@ -225,9 +225,9 @@ class Method(nn.Module):
         """Return (c, p) class embeddings under the experts of ``task`` (or BASE)."""
         if task == BASE:
             with self.backbone.host.disabled():
-                return self.backbone.class_embeddings(labels, BASE, reuse=self.reuse)
+                return prompts_of(self.backbone).class_embeddings(labels, BASE, reuse=self.reuse)
         with self.weights():
-            return self.backbone.class_embeddings(
+            return prompts_of(self.backbone).class_embeddings(
                 labels, task, version=self._state_version(), reuse=self.reuse
             )
 

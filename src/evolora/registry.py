@@ -107,4 +107,11 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.own_data",
     ),
 )
-BACKBONES: Registry[Any] = Registry(kind="backbone", modules=("evolora.backbones.clip",))
+BACKBONES: Registry[Any] = Registry(
+    kind="backbone",
+    modules=(
+        "evolora.backbones.clip",
+        "evolora.backbones.clip_fusion",
+        "evolora.backbones.vilt",
+    ),
+)

@@ -112,6 +112,15 @@ def block_sites(
     return found
 
 
+def entry_of(block: nn.Module) -> nn.Module:
+    """Return the LayerNorm that takes what enters a block.
+
+    A hook on the block itself would stay outside of what gradient checkpointing runs again.
+    """
+    modules = dict(block.named_children())
+    return modules["layernorm_before"] if "layernorm_before" in modules else modules["layer_norm1"]
+
+
 def run_block(block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return the hidden states after a block; some wrap them in a tuple."""
     output = block(hidden, *args, **kwargs)

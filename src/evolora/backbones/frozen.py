@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evolora.backbones.blocks import block_indices
+from evolora.backbones.blocks import block_indices, entry_of
 from evolora.errors import ConfigError
 from evolora.experts.sites import BlockWatcher, SiteHost
 
@@ -60,7 +60,7 @@ class FrozenModel(ABC):
         """
         blocks = self.blocks(tower)
         wanted = block_indices(layers, len(blocks), tower)
-        self.host.watch(tower, {index: blocks[index] for index in wanted}, seen)
+        self.host.watch(tower, {index: entry_of(blocks[index]) for index in wanted}, seen)
 
     @contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

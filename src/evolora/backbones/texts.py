@@ -43,7 +43,9 @@ def padded(texts: Sequence[Tensor], length: int, padding: int) -> dict[str, Tens
 
 
 def longest(mask: Tensor) -> int:
-    """Return the number of columns of a mask (b, n) that hold anything."""
+    """Return the number of columns of a mask (b, n) that hold anything; all where it is a shape."""
+    if mask.is_meta:
+        return mask.shape[1]
     return int(mask.any(dim=0).nonzero().max()) + 1
 
 

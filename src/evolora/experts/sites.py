@@ -158,7 +158,7 @@ class SiteHost:
         self._handles.append(site.norm.register_forward_pre_hook(remember))
         self._handles.append(site.module.register_forward_hook(beside))
 
-    def watch(self, tower: str, blocks: Mapping[int, nn.Module], seen: BlockWatcher) -> None:
+    def watch(self, tower: str, entries: Mapping[int, nn.Module], seen: BlockWatcher) -> None:
         """Call ``seen`` each time one of the blocks is about to run with experts.
 
         It gets the rows that experts answer, in the order in which expert layers get them, before
@@ -168,7 +168,7 @@ class SiteHost:
 
         Args:
             tower: whose blocks they are.
-            blocks: index -> block.
+            entries: index of a block -> its module that takes what enters the block.
             seen: what is called.
         """
 
@@ -184,9 +184,9 @@ class SiteHost:
                 hidden, route = hidden[route.active], route.of_active
             seen(index, hidden, route)
 
-        for index, block in blocks.items():
+        for index, entry in entries.items():
             self._handles.append(
-                block.register_forward_pre_hook(lambda _, args, index=index: hook(index, args))
+                entry.register_forward_pre_hook(lambda _, args, index=index: hook(index, args))
             )
 
     def remove_all(self) -> None:

@@ -72,7 +72,7 @@ class Learner:
     """Teaches a frozen model task after task.
 
     Args:
-        model: a ``transformers`` model (``CLIPModel``, ``SiglipModel``) or a :class:`Backbone`.
+        model: a ``transformers`` model (CLIP, SigLIP, ViLT) or a :class:`Backbone`.
         processor: the model's processor; not needed with a Backbone.
         method: an instance of a method's configuration, e.g. ``evolora.MoEAdapters(r=16)``.
         training: how each task is trained.
@@ -102,7 +102,7 @@ class Learner:
         evaluation_cache: bool = True,
         samples: Samples | None = None,
     ) -> None:
-        from evolora.backbones.clip import DualEncoder
+        from evolora.backbones.loading import wrap_model
         from evolora.config import build_method
         from evolora.training.runtime import build_accelerator, share_of
 
@@ -113,7 +113,7 @@ class Learner:
         self.share: Share = share_of(self.accelerator)
         if not isinstance(model, Backbone):
             name = getattr(getattr(model, "config", None), "_name_or_path", "")
-            model = DualEncoder(model, processor, name=name)
+            model = wrap_model(model, processor, name=name)
         self.backbone = model.to(self.accelerator.device)
         self.method: Method = build_method(method, self.backbone, seed=seed)
         self.method.to(self.accelerator.device)

@@ -109,4 +109,11 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.cmml",
     ),
 )
-BACKBONES: Registry[Any] = Registry(kind="backbone", modules=("evolora.backbones.clip",))
+BACKBONES: Registry[Any] = Registry(
+    kind="backbone",
+    modules=(
+        "evolora.backbones.clip",
+        "evolora.backbones.clip_fusion",
+        "evolora.backbones.vilt",
+    ),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from evolora.backbones.memory import Known
@@ -56,10 +57,17 @@ class Prefix:
     Args:
         cut: block that is run next.
         hidden: (b, n, d) activations entering it.
+        mask: (b, n) bool, False at padding; None where there is none.
     """
 
     cut: int
     hidden: Tensor
+    mask: Tensor | None = None
+
+    def take(self, rows: Tensor) -> Prefix:
+        """Return the given rows."""
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, hidden=self.hidden[rows], mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +82,8 @@ class Batch:
         random: randomness of the training step; None in evaluation.
         step_labels: class indices of the whole global batch where several processes share it.
         known: which samples these are and where results on them are kept; None computes all anew.
-        prefix: activations of the vision tower to go on from; None begins with the inputs.
+        prefix: activations to go on from (of the tower that sees images); None begins with the
+            inputs.
         present: modality -> (b,) whether the sample has it, from the data; a modality that is not
             named is present everywhere. What ``inputs`` hold for a missing one is a constant.
     """
@@ -109,7 +118,7 @@ class Batch:
             labels=self.labels[rows],
             keys=tuple(self.keys[row] for row in chosen),
             known=self.known.take(chosen) if self.known else None,
-            prefix=replace(self.prefix, hidden=self.prefix.hidden[rows]) if self.prefix else None,
+            prefix=self.prefix.take(rows) if self.prefix else None,
             present={name: value[rows] for name, value in self.present.items()},
         )
 
@@ -120,7 +129,8 @@ class Encoded:
 
     Args:
         embedding: (b, p) what the base model's answer is computed from.
-        features: name -> (b, f) routing features.
+        features: name -> (b, f) routing features; "modalities" is (b, m, f), a unit vector per
+            modality, NaN where the sample lacks it.
     """
 
     embedding: Tensor
@@ -130,3 +140,11 @@ class Encoded:
         """Return the given rows."""
         features = {name: value[rows] for name, value in self.features.items()}
         return Encoded(embedding=self.embedding[rows], features=features)
+
+
+def label_tensor(
+    labels: Sequence[int | tuple[int, ...]], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return ``Batch.labels``: (b,) int64, or (b, c) float32 where samples have several."""
+    several = any(isinstance(label, tuple) for label in labels)
+    return torch.tensor(labels, dtype=torch.float32 if several else torch.int64, device=device)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import Backbone, Batch, Encoded, prompts_of
 from evolora.errors import ConfigError
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
@@ -172,7 +172,7 @@ class Method(nn.Module):
             logits, targets = self.heads.of_task(embedding, batch.task), batch.labels
         else:
             subset, targets = self._step_classes(batch, labels)
-            classes = self.backbone.class_embeddings(
+            classes = prompts_of(self.backbone).class_embeddings(
                 labels,
                 task,
                 random=batch.random.whole() if batch.random else None,
@@ -180,7 +180,7 @@ class Method(nn.Module):
                 ensemble=False,
                 reuse=self.reuse,
             )
-            logits = self.backbone.logits(embedding, classes)
+            logits = prompts_of(self.backbone).logits(embedding, classes)
         smoothing = self.objective.label_smoothing
         if labels.multi_label:
             targets = targets.to(logits.dtype) * (1.0 - smoothing) + 0.5 * smoothing
@@ -257,7 +257,7 @@ class Method(nn.Module):
     def _logits(self, embedding: Tensor, task: int, labels: LabelSpace) -> Tensor:
         """Return logits (b, c) of embeddings (b, p) that ``task`` (or the base) answers."""
         if self.heads is None:
-            return self.backbone.logits(embedding, self.classifier(labels, task))
+            return prompts_of(self.backbone).logits(embedding, self.classifier(labels, task))
         alone = self.head_mode == "selected" and self.routing != "none" and task != BASE
         # Asked for classes that only other tasks taught, the features are still the task's.
         if alone and not set(labels.classes).isdisjoint(self.labels[task].classes):
@@ -273,9 +273,9 @@ class Method(nn.Module):
         """Return (c, p) class embeddings under the experts of ``task`` (or BASE)."""
         if task == BASE:
             with self.backbone.host.disabled():
-                return self.backbone.class_embeddings(labels, BASE, reuse=self.reuse)
+                return prompts_of(self.backbone).class_embeddings(labels, BASE, reuse=self.reuse)
         with self.weights():
-            return self.backbone.class_embeddings(
+            return prompts_of(self.backbone).class_embeddings(
                 labels, task, version=self._state_version(), reuse=self.reuse
             )
 

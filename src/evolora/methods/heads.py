@@ -2,8 +2,8 @@
 
     z_t = W_t f + c_t
 
-f is the backbone's embedding, made of parts (one per tower). A part of a missing modality is NaN;
-the head of each task has a learned null embedding in its place.
+f is the backbone's embedding, made of parts (one per tower), each brought to unit root mean square.
+A part is zero where the sample lacks its modality; each task has a learned null embedding for it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evolora.errors import ConfigError
 from evolora.experts.bank import GrowingStack
@@ -35,7 +36,7 @@ class TaskHeads(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        width = sum(parts.values())
+        self.widths, width = tuple(parts.values()), sum(parts.values())
         self.weight = GrowingStack(width, device=device)
         self.spaces, self.width = spaces, width
         self.bias = GrowingStack(device=device)
@@ -69,10 +70,20 @@ class TaskHeads(nn.Module):
         """Return the logits (b, C_t) of one task's head on embeddings (b, p)."""
         sizes = [len(space.classes) for space in self.spaces[: task + 1]]
         rows = torch.arange(sum(sizes[:-1]), sum(sizes), device=embedding.device)
-        null = self.null.take(torch.tensor([task], device=embedding.device))
-        filled = torch.where(embedding.isnan(), null.to(embedding.dtype), embedding)
+        null = self.null.take(torch.tensor([task], device=embedding.device)).to(embedding.dtype)
+        filled = torch.cat(
+            [
+                torch.where(part.any(dim=1, keepdim=True), F.rms_norm(part, part.shape[1:]), own)
+                for part, own in zip(
+                    torch.split(embedding, self.widths, 1),
+                    torch.split(null, self.widths, 1),
+                    strict=True,
+                )
+            ],
+            dim=1,
+        )
         weight = self.weight.take(rows).to(embedding.dtype)
-        return nn.functional.linear(filled, weight, self.bias.take(rows).to(embedding.dtype))
+        return F.linear(filled, weight, self.bias.take(rows).to(embedding.dtype))
 
     def among(self, embedding: Tensor, labels: LabelSpace, tasks: Sequence[int]) -> Tensor:
         """Return logits (b, c) over ``labels`` by the heads of some tasks; -inf for other classes.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import Backbone, Batch, Encoded, prompts_of
 from evolora.experts.bank import GrowingStack
 from evolora.methods.base import Method
 from evolora.registry import METHODS
@@ -58,7 +58,7 @@ class LinearProbe(Method):
         """Return the cross-entropy of the current task's class vectors."""
         assert batch.task is not None
         encoded = self.backbone.encode_base(batch, features=False)
-        logits = self.backbone.logits(encoded.embedding, self.vectors.active)
+        logits = prompts_of(self.backbone).logits(encoded.embedding, self.vectors.active)
         loss = nn.functional.cross_entropy(
             logits, batch.labels, label_smoothing=self.objective.label_smoothing
         )

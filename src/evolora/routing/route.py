@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evolora.errors import RouteError
 from evolora.randomness import StepRandom
+from evolora.routing.spans import Spans
 
 BASE = -1
 """Task index that means: no expert runs, the untouched base model answers."""
@@ -25,12 +26,14 @@ class Route:
         summary: where the vector that speaks for a row is found in a (b, n, d) sequence: "first"
             token, "mean" over tokens, or a (b,) index per row (a text's end token).
         random: randomness of a training step; None outside training (nothing is drawn then).
+        spans: where the modalities stand in a fused sequence; set by the backbone that makes it.
     """
 
     tasks: Tensor
     uniform: int | None = None
     summary: str | Tensor = "first"
     random: StepRandom | None = None
+    spans: Spans | None = None
 
     @classmethod
     def of(
@@ -71,8 +74,13 @@ class Route:
     @cached_property
     def of_active(self) -> Route:
         """The same route for the active rows alone."""
-        summary = self.summary if isinstance(self.summary, str) else self.summary[self.active]
-        return replace(self, tasks=self.tasks[self.active], summary=summary)
+        return self.take(self.active)
+
+    def take(self, rows: Tensor) -> Route:
+        """Return the same route for some of the rows."""
+        summary = self.summary if isinstance(self.summary, str) else self.summary[rows]
+        spans = None if self.spans is None else self.spans.take(rows)
+        return replace(self, tasks=self.tasks[rows], summary=summary, spans=spans)
 
     def summarize(self, tokens: Tensor) -> Tensor:
         """Return the vector (b, d) that speaks for each row of ``tokens`` (b, n, d)."""

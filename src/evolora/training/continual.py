@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ class ContinualRun:
         reporter: Reporter | None = None,
         samples: Samples | None = None,
     ) -> None:
-        from evolora.backbones.loading import load_dual_encoder
+        from evolora.backbones.loading import load_backbone
         from evolora.training.runtime import build_accelerator
 
         self.config, self.folder = config, folder
@@ -113,8 +113,7 @@ class ContinualRun:
         options = {key: value for key, value in config.stream.items() if key != "name"}
         self.stream = stream or load_stream(config.stream["name"], **options)
         self.learner = Learner(
-            backbone
-            or load_dual_encoder(config.backbone.name_or_path, revision=config.backbone.revision),
+            backbone or load_backbone(**asdict(config.backbone)),
             method=config.method,
             training=config.training,
             seed=config.seed,

@@ -71,17 +71,13 @@ class TaskHeads(nn.Module):
         sizes = [len(space.classes) for space in self.spaces[: task + 1]]
         rows = torch.arange(sum(sizes[:-1]), sum(sizes), device=embedding.device)
         null = self.null.take(torch.tensor([task], device=embedding.device)).to(embedding.dtype)
-        filled = torch.cat(
-            [
-                torch.where(part.any(dim=1, keepdim=True), F.rms_norm(part, part.shape[1:]), own)
-                for part, own in zip(
-                    torch.split(embedding, self.widths, 1),
-                    torch.split(null, self.widths, 1),
-                    strict=True,
-                )
-            ],
-            dim=1,
-        )
+        parts, start = [], 0
+        for width in self.widths:
+            part, own = (side[:, start : start + width] for side in (embedding, null))
+            there = part.any(dim=1, keepdim=True)
+            parts.append(torch.where(there, F.rms_norm(part, (width,)), own))
+            start += width
+        filled = torch.cat(parts, dim=1)
         weight = self.weight.take(rows).to(embedding.dtype)
         return F.linear(filled, weight, self.bias.take(rows).to(embedding.dtype))
 

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evolora.answering import Answer
     from evolora.learner import Evaluation, Learner
+    from evolora.methods.delo import DeLoConfig as DeLo
     from evolora.methods.full_finetuning import FullFinetuningConfig as FullFinetuning
     from evolora.methods.linear_probe import LinearProbeConfig as LinearProbe
     from evolora.methods.lora import JointLoRAConfig as JointLoRA
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Answer": ("evolora.answering", "Answer"),
     "Evaluation": ("evolora.learner", "Evaluation"),
+    "DeLo": ("evolora.methods.delo", "DeLoConfig"),
     "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
     "JointLoRA": ("evolora.methods.lora", "JointLoRAConfig"),
     "Learner": ("evolora.learner", "Learner"),
@@ -36,6 +38,7 @@ _PUBLIC = {
 
 __all__ = [
     "Answer",
+    "DeLo",
     "Evaluation",
     "FullFinetuning",
     "JointLoRA",

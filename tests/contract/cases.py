@@ -17,6 +17,7 @@ from evolora.backbones.base import Batch
 from evolora.backbones.clip import DualEncoder
 from evolora.experts.bank import GrowingStack
 from evolora.learner import Learner
+from evolora.methods.delo import DeLoConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
 from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
@@ -64,6 +65,7 @@ CASES = {
     "sequential-lora": Case(config=SequentialLoRAConfig(r=3, lora_dropout=0.1)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
+    "delo": Case(config=DeLoConfig(num_factors=4, r=2), retains=True, fresh=True),
     # All that a task used is frozen here, so that retention is exact; the paper freezes two.
     "moe-adapters": Case(
         # every used expert is frozen, so a new router starts on experts that are still zero

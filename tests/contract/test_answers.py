@@ -66,7 +66,7 @@ def test_rows_of_the_base_are_the_untouched_model(name: str) -> None:
     assert not any(counts.values())
     tasks = torch.full((len(batch),), BASE)
     tasks[1::2] = 0
-    backbone.host.set_route("vision", Route(tasks))
+    backbone.host.set_route("vision", learner.method.make_route(tasks, batch))
     mixed, base = image_features(backbone.model, batch), image_features(untouched, batch)
     stop()
     assert torch.equal(mixed[::2], base[::2])

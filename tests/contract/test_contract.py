@@ -25,7 +25,7 @@ from tests.contract.cases import (
 )
 
 from evolora.registry import METHODS
-from evolora.routing.route import BASE, Route
+from evolora.routing.route import BASE
 
 
 def test_every_registered_method_is_enrolled() -> None:
@@ -53,9 +53,8 @@ def test_identity_at_init(name: str, kind: str) -> None:
     batch = mixed_batch(learner.backbone)
     learner.begin(toy_task(0))
     assert torch.equal(answer(learner, batch, 0), base_scores(kind, batch, 0))
-    route = Route.of(0, len(batch), summary=learner.backbone.vision_summary)
     with torch.no_grad(), learner.method.weights():
-        embedding = learner.backbone.encode(batch, route)
+        embedding = learner.backbone.encode(batch, learner.method.make_route(0, batch))
         classes = learner.backbone.class_embeddings(toy_task(0).labels, 0, version=-1)
     untouched = toy_backbone(kind)
     assert torch.equal(embedding, image_features(untouched.model, batch))

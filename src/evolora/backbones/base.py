@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -109,6 +110,16 @@ class Backbone(FrozenModel):
             for modality in self.modalities
         }
 
+    def without(self, batch: Batch, lost: Mapping[str, Tensor]) -> Batch:
+        """Return the batch as if rows lacked a modality: modality -> (b,) bool.
+
+        Nothing is known of such samples.
+        """
+        present = dict(batch.present)
+        for modality, rows in lost.items():
+            present[modality] = present.get(modality, torch.ones_like(rows)) & ~rows
+        return replace(batch, present=present, known=None, prefix=None)
+
     def check_modalities(self, example: Example) -> None:
         """Refuse a sample that has nothing this backbone can see."""
         if not any(modality in example.inputs for modality in self.modalities):
@@ -122,7 +133,8 @@ class Backbone(FrozenModel):
     def encode_base(self, batch: Batch, *, features: bool = True) -> Encoded:
         """Run the untouched base once, without gradient; routing features come from the same pass.
 
-        "pooled" is the embedding as a unit vector.
+        "pooled" is the embedding as a unit vector, "modalities" (b, m, f) one vector per modality:
+        NaN where the sample lacks it, "pooled" where the backbone has one modality only.
         """
         names = ("embedding", *self.kept_features) if features else ("embedding",)
         if batch.known is None or self.has_other_weights:
@@ -139,9 +151,9 @@ class Backbone(FrozenModel):
         embedding = found.pop("embedding")
         if not features:
             return Encoded(embedding=embedding)
-        return Encoded(
-            embedding=embedding, features={"pooled": F.normalize(embedding, dim=-1), **found}
-        )
+        pooled = F.normalize(embedding, dim=-1)
+        routing = {"pooled": pooled, "modalities": pooled.unsqueeze(1), **found}
+        return Encoded(embedding=embedding, features=routing)
 
     @torch.no_grad()
     def _known_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:

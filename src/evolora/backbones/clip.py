@@ -141,10 +141,10 @@ class DualEncoder(PromptBackbone):
         }
 
     def feature_widths(self) -> dict[str, int]:
-        """Return the widths of "pooled" and "layers"."""
+        """Return the widths of "pooled", "layers" and (per modality) "modalities"."""
         depth = 1 + len(self.blocks("vision"))
         statistics = 2 * len(statistic_layers(depth)) * self.config.vision_config.hidden_size
-        return {"pooled": self.width, "layers": statistics}
+        return {"pooled": self.width, "layers": statistics, "modalities": self.width}
 
     def encode(self, batch: Batch, route: Route) -> Tensor:
         """Return L2-normalisable image embeddings (b, p) under the route."""

@@ -307,6 +307,25 @@ class Vilt(Backbone):
         model: Any = self.model
         return list(model.encoder.layer)
 
+    def entries(self) -> dict[int, nn.Module]:
+        """Return, for each block, the module that takes what enters the block."""
+        blocks: Any = enumerate(self.blocks(TOWER))
+        return {index: block.layernorm_before for index, block in blocks}
+
+    def without(self, batch: Batch, lost: Mapping[str, Tensor]) -> Batch:
+        """Return the batch as if rows lacked a modality: modality -> (b,) bool."""
+        inputs = dict(batch.inputs)
+        if "image" in lost:
+            white = self.inputs_of([{"text": self._empty_text()}])["pixel_values"]
+            rows = lost["image"].view(-1, 1, 1, 1)
+            inputs["pixel_values"] = torch.where(rows, white, inputs["pixel_values"])
+        if "text" in lost:
+            empty = padded([self._empty_text()], self.text_length, self.config.pad_token_id or 0)
+            for name, value in empty.items():
+                rows = lost["text"].view(-1, 1)
+                inputs[name] = torch.where(rows, value.to(self.device), inputs[name])
+        return replace(super().without(batch, lost), inputs=inputs)
+
     def _empty_text(self) -> Tensor:
         if self._empty is None:
             self._empty = token_ids(self.processor, "", self.text_length)

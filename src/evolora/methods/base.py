@@ -147,17 +147,10 @@ class Method(nn.Module):
         self._tensors.forget()
         labels = self.labels[batch.task]
         task = self.expert_task(batch.task)
-        route = Route.of(
-            task,
-            len(batch),
-            device=self.backbone.device,
-            summary=self.backbone.vision_summary,
-            random=batch.random,
-        )
         with self.weights():
-            embedding = self.backbone.encode(batch, route)
+            embedding = self.backbone.encode(batch, self.make_route(task, batch))
             loss = self.task_loss(embedding, batch, labels, task)
-        extra = self.extra_losses()
+        extra = self.extra_losses(batch, embedding)
         total = loss + sum(extra.values()) if extra else loss
         return {"loss": total, "task": loss.detach(), **{k: v.detach() for k, v in extra.items()}}
 
@@ -167,29 +160,50 @@ class Method(nn.Module):
         Cross-entropy among its classes, or binary cross-entropy of each where a sample may have
         several.
         """
-        assert batch.task is not None
-        if self.heads is not None:
-            logits, targets = self.heads.of_task(embedding, batch.task), batch.labels
-        else:
-            subset, targets = self._step_classes(batch, labels)
-            classes = prompts_of(self.backbone).class_embeddings(
-                labels,
-                task,
-                random=batch.random.whole() if batch.random else None,
-                classes=subset,
-                ensemble=False,
-                reuse=self.reuse,
-            )
-            logits = prompts_of(self.backbone).logits(embedding, classes)
+        logits, targets = self.training_logits(embedding, batch, labels, task)
         smoothing = self.objective.label_smoothing
         if labels.multi_label:
             targets = targets.to(logits.dtype) * (1.0 - smoothing) + 0.5 * smoothing
             return nn.functional.binary_cross_entropy_with_logits(logits, targets)
         return nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
 
-    def extra_losses(self) -> dict[str, Tensor]:
+    def training_logits(
+        self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (b, c) of the classes that a training loss is about, and their targets."""
+        assert batch.task is not None
+        if self.heads is not None:
+            return self.heads.of_task(embedding, batch.task), batch.labels
+        subset, targets = self._step_classes(batch, labels)
+        classes = prompts_of(self.backbone).class_embeddings(
+            labels,
+            task,
+            random=batch.random.whole() if batch.random else None,
+            classes=subset,
+            ensemble=False,
+            reuse=self.reuse,
+        )
+        return prompts_of(self.backbone).logits(embedding, classes), targets
+
+    def extra_losses(self, batch: Batch, embedding: Tensor) -> dict[str, Tensor]:
         """Return the method's own weighted loss terms of the forward that just ran."""
         return {}
+
+    def make_route(
+        self, tasks: Tensor | int, batch: Batch, encoded: Encoded | None = None
+    ) -> Route:
+        """Return the route of a batch that experts answer, with what their gates read.
+
+        Args:
+            tasks: task of each row (b,), or the one of all rows.
+            batch: the samples.
+            encoded: the base's pass over them, if there was one.
+        """
+        summary, random = self.backbone.vision_summary, batch.random
+        if isinstance(tasks, Tensor):
+            return Route(tasks, summary=summary, random=random)
+        device = self.backbone.device
+        return Route.of(tasks, len(batch), device=device, summary=summary, random=random)
 
     def weights(self) -> AbstractContextManager[None]:
         """Context in which the backbone runs with this method's own weights. Default: its own."""
@@ -236,9 +250,10 @@ class Method(nn.Module):
         if len(rows) == 0:
             return self._embed_base(batch, encoded)
         if len(others) == 0:
-            return self._embed_experts(batch, tasks)
-        experts = self._embed_experts(batch.take(rows), tasks[rows])
-        base = self._embed_base(batch.take(others), encoded.take(others) if encoded else None)
+            return self._embed_experts(batch, tasks, encoded)
+        mine, rest = (encoded.take(part) if encoded else None for part in (rows, others))
+        experts = self._embed_experts(batch.take(rows), tasks[rows], mine)
+        base = self._embed_base(batch.take(others), rest)
         return torch.cat([experts, base.to(experts.dtype)])[torch.cat([rows, others]).argsort()]
 
     def score(self, embedding: Tensor, tasks: Tensor, labels: LabelSpace) -> Prediction:
@@ -296,31 +311,28 @@ class Method(nn.Module):
     def _embed_base(self, batch: Batch, encoded: Encoded | None) -> Tensor:
         return (encoded or self.backbone.encode_base(batch, features=False)).embedding
 
-    def _embed_experts(self, batch: Batch, tasks: Tensor) -> Tensor:
+    def _embed_experts(self, batch: Batch, tasks: Tensor, encoded: Encoded | None) -> Tensor:
         """Return the embedding (b, p) of rows that experts answer."""
         distinct = torch.unique(tasks).tolist()
         if len(distinct) == 1:
-            return self._embed_task(batch, distinct[0])
+            return self._embed_task(batch, distinct[0], encoded)
         with self.weights():
-            return self.backbone.encode(batch, Route(tasks, summary=self.backbone.vision_summary))
+            return self.backbone.encode(batch, self.make_route(tasks, batch, encoded))
 
-    def _embed_task(self, batch: Batch, task: int) -> Tensor:
+    def _embed_task(self, batch: Batch, task: int, encoded: Encoded | None) -> Tensor:
         """Return the embedding (b, p) under one task; kept if its experts tell their state."""
         state = self._route_state(task) if batch.known else None
 
-        def run(part: Batch) -> Tensor:
-            route = Route.of(
-                task, len(part), device=self.backbone.device, summary=self.backbone.vision_summary
-            )
+        def run(part: Batch, encoded: Encoded | None) -> Tensor:
             with self.weights():
-                return self.backbone.encode(part, route)
+                return self.backbone.encode(part, self.make_route(task, part, encoded))
 
         if batch.known is None or state is None:
-            return run(batch)
+            return run(batch, encoded)
         found = batch.known.memory.passes.fetch(
             (state,),
             batch.known.samples,
-            lambda rows: {state: run(batch.take(rows))},
+            lambda rows: {state: run(batch.take(rows), encoded.take(rows) if encoded else None)},
             context=self.backbone.context(),
         )
         return found[state].to(self.backbone.device)

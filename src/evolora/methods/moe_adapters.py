@@ -36,7 +36,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from evolora.backbones.base import Backbone
+from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
 from evolora.experts.mixing import mix
@@ -277,7 +277,7 @@ class MoEAdapters(Method):
         """With a shared router all tasks route as task 0."""
         return 0 if self.config.routers == "shared" else task
 
-    def extra_losses(self) -> dict[str, Tensor]:
+    def extra_losses(self, batch: Batch, embedding: Tensor) -> dict[str, Tensor]:
         """Return the optional load-balancing term."""
         terms = [layer.balance for layer in self.moe_layers() if layer.balance is not None]
         if not terms or self.config.load_balance == 0:

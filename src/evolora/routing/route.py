@@ -27,6 +27,8 @@ class Route:
             token, "mean" over tokens, or a (b,) index per row (a text's end token).
         random: randomness of a training step; None outside training (nothing is drawn then).
         spans: where the modalities stand in a fused sequence; set by the backbone that makes it.
+        queries: (b, m, q) descriptor of each modality of the row, for gates that read the same one
+            at every site; None where they read hidden states.
     """
 
     tasks: Tensor
@@ -34,6 +36,7 @@ class Route:
     summary: str | Tensor = "first"
     random: StepRandom | None = None
     spans: Spans | None = None
+    queries: Tensor | None = None
 
     @classmethod
     def of(
@@ -80,7 +83,9 @@ class Route:
         """Return the same route for some of the rows."""
         summary = self.summary if isinstance(self.summary, str) else self.summary[rows]
         spans = None if self.spans is None else self.spans.take(rows)
-        return replace(self, tasks=self.tasks[rows], summary=summary, spans=spans)
+        queries = None if self.queries is None else self.queries[rows]
+        tasks = self.tasks[rows]
+        return replace(self, tasks=tasks, summary=summary, spans=spans, queries=queries)
 
     def summarize(self, tokens: Tensor) -> Tensor:
         """Return the vector (b, d) that speaks for each row of ``tokens`` (b, n, d)."""

@@ -16,7 +16,8 @@ from evolora.backbones.vilt import TOWER, Vilt
 from evolora.errors import ConfigError, DataError
 from evolora.experts.sites import ExpertLayer
 from evolora.learner import Learner
-from evolora.methods.lora import LoRAPerTaskConfig, SequentialLoRA, SequentialLoRAConfig
+from evolora.methods.lora import SequentialLoRA, SequentialLoRAConfig
+from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.routing.route import BASE, Route
 from evolora.streams.task import Example
 from evolora.training.samples import Samples
@@ -370,20 +371,15 @@ def test_a_lora_learns_with_gradient_checkpointing_and_frees_the_model() -> None
             encode(backbone, batch).sum().backward()
         gradients.append([p.grad.clone() for p in method.parameters() if p.grad is not None])
         method.zero_grad()
-    assert len(gradients[0]) == len(list(method.parameters()))
+    assert len(gradients[0]) == len(list(method.layers.parameters()))
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two)
     assert all(parameter.grad is None for parameter in backbone.model.parameters())
 
 
 def test_methods_that_need_prompts_say_so() -> None:
-    learner = Learner(vilt(), method=LoRAPerTaskConfig(r=2, towers=(TOWER,)))
-    from evolora.streams.task import LabelSpace
-
-    learner.method.begin_task("toy", LabelSpace(classes=("a", "b")))
-    batch = learner.backbone.collate(Pairs().all(), task=0)
-    with pytest.raises(ConfigError, match="Vilt answers by learned heads"):
-        learner.method(batch)
+    with pytest.raises(ConfigError, match="zero-shot answers by class-name prompts; Vilt has none"):
+        Learner(vilt(), method=ZeroShotConfig())
 
 
 def test_a_prefix_is_taken_by_rows() -> None:

@@ -39,7 +39,7 @@ class LoRAConfig:
         lora_dropout: probability of zeroing a bottleneck unit during training, in [0, 1).
         target_modules: Linears that get an expert: q_proj, k_proj, v_proj, out_proj, fc1, fc2.
         layers_to_transform: block indices (negative counts from the top); None takes all.
-        towers: towers that get experts.
+        towers: towers that get experts; None takes all.
     """
 
     r: int = 8
@@ -47,7 +47,7 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "fc1", "fc2")
     layers_to_transform: tuple[int, ...] | None = None
-    towers: tuple[str, ...] = ("vision", "text")
+    towers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.r < 1:

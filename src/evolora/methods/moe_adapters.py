@@ -93,7 +93,7 @@ class MoEAdaptersConfig:
         expert: "bottleneck" (ReLU, biases) or "lora" (linear, no biases).
         scale: constant factor of every expert (0.1).
         dropout: on the bottleneck in training (0.1), in [0, 1).
-        towers: towers that get experts; ("vision",) restricts them to images.
+        towers: towers that get experts; ("vision",) restricts them to images; None takes all.
         layers_to_transform: block indices (negative counts from the top); None takes all.
         routers: "per-task", or one "shared" by all tasks (class-incremental setting).
         freeze_top: most used experts per site to freeze when a task ends (2); 0 freezes none.
@@ -113,7 +113,7 @@ class MoEAdaptersConfig:
     expert: Literal["bottleneck", "lora"] = "bottleneck"
     scale: float = 0.1
     dropout: float = 0.1
-    towers: tuple[str, ...] = ("vision", "text")
+    towers: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     routers: Literal["per-task", "shared"] = "per-task"
     freeze_top: int = 2

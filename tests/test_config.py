@@ -329,3 +329,19 @@ def test_load_stream_refuses_unknown_names_and_options() -> None:
 def test_a_method_must_be_an_instance_of_a_configuration(method: Any, backbone: Any) -> None:
     with pytest.raises(ConfigError, match="method must be a configuration such as"):
         build_method(method, backbone)
+
+
+def test_the_type_of_a_backbone_is_part_of_what_decides_a_result() -> None:
+    plain = parse_config({**GOOD, "backbone": "clip-tiny"})
+    same = {"name_or_path": "clip-tiny", "type": "auto", "text_length": None}
+    assert parse_config({**GOOD, "backbone": same}) == plain
+    fused = parse_config({**GOOD, "backbone": {"type": "clip-fusion"}})
+    assert fused.backbone.name_or_path == "clip-tiny" and fused.hash() != plain.hash()
+    longer = parse_config({**GOOD, "backbone": {"text_length": 50}})
+    assert len({plain.hash(), fused.hash(), longer.hash()}) == 3
+
+
+def test_an_unknown_type_of_backbone_is_refused() -> None:
+    text = faults({**GOOD, "backbone": {"type": "clip-fusoin"}, "seed": "zero"})
+    assert "unknown backbone type 'clip-fusoin'; did you mean 'clip-fusion'" in text
+    assert "backbone" in text and "seed" in text

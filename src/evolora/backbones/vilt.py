@@ -247,28 +247,13 @@ class Vilt(Backbone):
         return pooled
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Any:
-        """Run the stock forward with patches in their own order."""
-        images = self._images(pixel_values)
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            image_embeds=images,
-            pixel_mask=torch.ones(images.shape[:2], dtype=torch.long, device=images.device),
-        )
-
-    def _images(self, pixel_values: Tensor) -> Tensor:
-        """Return the image CLS and the patches (b, n, d), each with its position."""
-        model: Any = self.model
-        patches = model.embeddings.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)
-        first = model.embeddings.cls_token.expand(len(patches), -1, -1)
-        embedded: Tensor = torch.cat([first, patches], dim=1) + model.embeddings.position_embeddings
-        return embedded
+        return run_in_order(self.model, input_ids, attention_mask, pixel_values)
 
     def _run_shapes(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """Run on the meta device, where the stock forward cannot look at its mask."""
         model: Any = self.model
         text = model.embeddings.text_embeddings(input_ids=input_ids)
-        hidden = torch.cat([text, self._images(pixel_values)], dim=1)
+        hidden = torch.cat([text, image_embeddings(model, pixel_values)], dim=1)
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return self._go_on(Prefix(cut=0, hidden=hidden, mask=mask))
 
@@ -330,6 +315,27 @@ class Vilt(Backbone):
         if self._empty is None:
             self._empty = token_ids(self.processor, "", self.text_length)
         return self._empty
+
+
+def run_in_order(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor
+) -> Any:
+    """Return the output of a ``ViltModel``'s own forward, with patches in their own order."""
+    images = image_embeddings(model, pixel_values)
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        image_embeds=images,
+        pixel_mask=torch.ones(images.shape[:2], dtype=torch.long, device=images.device),
+    )
+
+
+def image_embeddings(model: Any, pixel_values: Tensor) -> Tensor:
+    """Return the image CLS and the patches (b, n, d) of a ``ViltModel``, each with its position."""
+    patches = model.embeddings.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)
+    first = model.embeddings.cls_token.expand(len(patches), -1, -1)
+    embedded: Tensor = torch.cat([first, patches], dim=1) + model.embeddings.position_embeddings
+    return embedded
 
 
 def _with_longer_texts(model: nn.Module, length: int) -> nn.Module:

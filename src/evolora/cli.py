@@ -168,24 +168,41 @@ def evaluate(
 @app.command()
 def predict(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder or artefact")],
-    files: Annotated[list[str], typer.Argument(help="image files")],
+    files: Annotated[list[str] | None, typer.Argument(help="image files")] = None,
+    image: Annotated[str, typer.Option(help="one image, to go with --text")] = "",
+    text: Annotated[str | None, typer.Option(help="one text, with or without --image")] = None,
     classes: Annotated[str, typer.Option(help="comma-separated class names to choose from")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Answer images with a saved learner; says which task's experts answered, or the base."""
+    """Answer images (or an image, a text or both); says which task answered, or the base."""
+    from evolora.errors import DataError
+
+    images = [*(files or []), *([image] if image else [])]
+    if text is not None and len(images) > 1:
+        raise DataError(f"--text goes with one image or none; got {len(images)} images")
     learner = _learner(run_folder)
     names = [word.strip() for word in classes.split(",") if word.strip()] or None
-    answers = learner.predict(list(files), classes=names)
+    texts = None if text is None else [text]
+    answers = learner.predict(images or None, texts, classes=names)
+    sources = images or ["text"]
     if as_json:
         _print_json(
             [
-                {"file": f, "label": a.label, "score": a.score, "task": a.task, "top": a.top}
-                for f, a in zip(files, answers, strict=True)
+                {
+                    "file": source,
+                    "label": a.label,
+                    "score": a.score,
+                    "task": a.task,
+                    "used": a.used,
+                    "top": a.top,
+                }
+                for source, a in zip(sources, answers, strict=True)
             ]
         )
         return
-    for file, answer in zip(files, answers, strict=True):
-        print(f"{file}\t{answer.label}\t{100 * answer.score:.1f} %\tby {answer.task}")
+    for source, answer in zip(sources, answers, strict=True):
+        used = f" from {' and '.join(answer.used)}" if len(learner.backbone.modalities) > 1 else ""
+        print(f"{source}\t{answer.label}\t{100 * answer.score:.1f} %\tby {answer.task}{used}")
 
 
 @app.command()

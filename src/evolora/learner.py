@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from evolora.answering import Answer, answer_images, answerer
+from evolora.answering import Answer, answer_inputs, answerer
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.evaluation.cost import Cost, measure_cost
@@ -361,12 +361,19 @@ class Learner:
     # -- answering -------------------------------------------------------------------------------
 
     def predict(
-        self, images: Any, *, classes: Sequence[str] | None = None, task: str | None = None
+        self,
+        images: Any = None,
+        texts: Any = None,
+        *,
+        classes: Sequence[str] | None = None,
+        task: str | None = None,
     ) -> list[Answer]:
-        """Answer each image on its own, without being told its task (unless ``task`` tells it).
+        """Answer each input on its own, without being told its task (unless ``task`` tells it).
 
         Args:
             images: one image or a list: file names, bytes, PIL images or uint8 arrays.
+            texts: one text or a list, for backbones that see texts. Either side may be left out;
+                in a list, None is what an input lacks.
             classes: class names to choose from, with the templates of the task that answers. None
                 lets the task that answers choose among its own classes; the base chooses among all
                 classes of all learned tasks.
@@ -374,12 +381,14 @@ class Learner:
                 Methods with ``routing == "oracle"`` know no task by themselves and need it.
 
         Raises:
-            DataError: nothing was given, or an image cannot be read (the message names it).
+            DataError: nothing was given, a text where the backbone sees none, or an image cannot be
+                read (the message names it).
             ConfigError: ``classes`` is no list of names, or ``task`` is not learned.
         """
-        return answer_images(
+        return answer_inputs(
             self.method,
             images,
+            texts,
             classes=classes,
             task=task,
             batch_size=self.evaluation_batch_size,

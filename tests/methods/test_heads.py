@@ -28,7 +28,7 @@ def test_older_heads_are_frozen_and_stay() -> None:
     assert made.weight.frozen_ids() == [0, 1] and made.weight.active.shape == (1, 4)
     assert torch.equal(made.of_task(x, 0), before)
     made.add(spaces[2], torch.Generator().manual_seed(1), freeze=False)
-    assert made.weight.active.shape == (2, 4)
+    assert made.weight.active.shape == (2, 4) and made.null is None
 
 
 def test_a_missing_part_is_the_tasks_null_embedding() -> None:

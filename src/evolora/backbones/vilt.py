@@ -292,11 +292,6 @@ class Vilt(Backbone):
         model: Any = self.model
         return list(model.encoder.layer)
 
-    def entries(self) -> dict[int, nn.Module]:
-        """Return, for each block, the module that takes what enters the block."""
-        blocks: Any = enumerate(self.blocks(TOWER))
-        return {index: block.layernorm_before for index, block in blocks}
-
     def without(self, batch: Batch, lost: Mapping[str, Tensor]) -> Batch:
         """Return the batch as if rows lacked a modality: modality -> (b,) bool."""
         inputs = dict(batch.inputs)

@@ -29,6 +29,8 @@ from evolora.streams.task import LabelSpace
 PARTS = {
     ".bank.": "experts",
     ".routers.": "gates_and_noise",
+    ".pools.": "adapters",
+    "heads.": "heads",
     "vectors.": "class_vectors",
     "tuned.": "tuned_weights",
 }
@@ -179,6 +181,8 @@ def _parts(method: Method) -> dict[str, int]:
 
 def _totals(method: Method, parts: Mapping[str, int]) -> dict[str, int]:
     totals = {"stored": sum(parts.values())}
+    if "adapters" in parts:
+        totals["adapters_per_task"] = parts["adapters"] // len(method.labels)
     if "gates_and_noise" in parts:
         totals["adapters_and_routers"] = parts["experts"] + parts["gates_and_noise"]
     if isinstance(method.selector, AutoEncoderSelector):
@@ -208,6 +212,8 @@ def _sites(method: Method, backbone: Backbone) -> list[SiteCost]:
 
 def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
     """Return a label space per task: of the published counts where the data need not be there."""
+    from evolora.streams.cmml import BENCHMARKS
+
     counts: list[int] | None = None
     name = str(config.stream["name"])
     if tasks is not None:
@@ -222,6 +228,8 @@ def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
         counts = [CLASS_COUNTS[task] for task in names]
     elif name == "class-incremental":
         counts = [1] * (int(config.stream["steps"]) + bool(config.stream.get("base_classes")))
+    elif name in BENCHMARKS:
+        counts = [BENCHMARKS[name].classes] * BENCHMARKS[name].tasks
     if counts is None:
         options = {key: value for key, value in config.stream.items() if key != "name"}
         return [task.labels for task in load_stream(name, **options)]

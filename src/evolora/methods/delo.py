@@ -294,7 +294,7 @@ class DeLo(Method):
                 width = None if self.by_block else described
                 self.insert(site, DeLoLayer(site, config, self.queries, width, backbone.device))
             if isinstance(backbone, Vilt):
-                backbone.host.watch(backbone.towers[0], backbone.entries(), self.queries.see)
+                backbone.watch_blocks(backbone.towers[0], self.queries.see)
         chosen = config.selector
         self.routing: Routing = "oracle"
         self.selector = OracleSelector()

@@ -40,7 +40,8 @@ class TaskHeads(nn.Module):
         self.weight = GrowingStack(width, device=device)
         self.spaces, self.width = spaces, width
         self.bias = GrowingStack(device=device)
-        self.null = GrowingStack(width, device=device)
+        # One part is there in every sample, whatever it is made of.
+        self.null = GrowingStack(width, device=device) if len(parts) > 1 else None
 
     def add(self, labels: LabelSpace, draw: torch.Generator, *, freeze: bool = True) -> None:
         """Add a trainable head for a task's classes, drawn as ``nn.Linear`` draws its own.
@@ -59,17 +60,27 @@ class TaskHeads(nn.Module):
 
         self.weight.grow(uniform(rows, self.width))
         self.bias.grow(uniform(rows))
-        self.null.grow(torch.zeros(1, self.width))
+        if self.null is not None:
+            self.null.grow(torch.zeros(1, self.width))
 
     def freeze(self) -> None:
         """Freeze every head there is."""
         for stack in (self.weight, self.bias, self.null):
-            stack.freeze(range(len(stack)))
+            if stack is not None:
+                stack.freeze(range(len(stack)))
 
     def of_task(self, embedding: Tensor, task: int) -> Tensor:
         """Return the logits (b, C_t) of one task's head on embeddings (b, p)."""
         sizes = [len(space.classes) for space in self.spaces[: task + 1]]
         rows = torch.arange(sum(sizes[:-1]), sum(sizes), device=embedding.device)
+        filled = self._filled(embedding, task)
+        weight = self.weight.take(rows).to(embedding.dtype)
+        return F.linear(filled, weight, self.bias.take(rows).to(embedding.dtype))
+
+    def _filled(self, embedding: Tensor, task: int) -> Tensor:
+        """Return the parts at one scale, with the task's null embedding in missing ones."""
+        if self.null is None:
+            return F.rms_norm(embedding, (self.width,))
         null = self.null.take(torch.tensor([task], device=embedding.device)).to(embedding.dtype)
         parts, start = [], 0
         for width in self.widths:
@@ -77,9 +88,7 @@ class TaskHeads(nn.Module):
             there = part.any(dim=1, keepdim=True)
             parts.append(torch.where(there, F.rms_norm(part, (width,)), own))
             start += width
-        filled = torch.cat(parts, dim=1)
-        weight = self.weight.take(rows).to(embedding.dtype)
-        return F.linear(filled, weight, self.bias.take(rows).to(embedding.dtype))
+        return torch.cat(parts, dim=1)
 
     def among(self, embedding: Tensor, labels: LabelSpace, tasks: Sequence[int]) -> Tensor:
         """Return logits (b, c) over ``labels`` by the heads of some tasks; -inf for other classes.

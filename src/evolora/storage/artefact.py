@@ -44,7 +44,12 @@ def save_artefact(learner: Learner, folder: Path) -> None:
         "seed": learner.seed,
         "backbone": learner.backbone.describe(),
         "tasks": [
-            {"name": name, "classes": list(labels.classes), "templates": list(labels.templates)}
+            {
+                "name": name,
+                "classes": list(labels.classes),
+                "templates": list(labels.templates),
+                "multi_label": labels.multi_label,
+            }
             for name, labels in zip(method.task_names, method.labels, strict=True)
         ],
         "tensors": {"file": TENSORS, "sha256": sha256},
@@ -120,7 +125,11 @@ def _parse(record: Mapping[str, Any]) -> _Index:
         tasks=tuple(
             (
                 str(task["name"]),
-                LabelSpace(classes=tuple(task["classes"]), templates=tuple(task["templates"])),
+                LabelSpace(
+                    classes=tuple(task["classes"]),
+                    templates=tuple(task["templates"]),
+                    multi_label=bool(task.get("multi_label", False)),
+                ),
             )
             for task in record["tasks"]
         ),

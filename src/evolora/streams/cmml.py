@@ -87,6 +87,9 @@ class _Item:
     split: str
 
 
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (FOOD101, MM_IMDB)}
+
+
 @STREAMS.register(
     FOOD101.name, summary="dishes by image and recipe text, 10 tasks x 10, modalities missing"
 )

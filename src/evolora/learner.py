@@ -21,9 +21,10 @@ from evolora.registry import METHODS
 from evolora.routing.route import BASE
 from evolora.storage.state import export_state, load_state
 from evolora.streams.sampling import image_folder
-from evolora.streams.task import Examples, LabelSpace, Subset, Task
-from evolora.training.batches import Share, TrainingBatches, evaluation_batches
+from evolora.streams.task import Examples, LabelSpace, Task
+from evolora.training.batches import Share, TrainingBatches, evaluation_batches, in_turn
 from evolora.training.config import TrainingConfig
+from evolora.training.held_out import split_held_out, spread
 from evolora.training.loop import TaskRun, train_task
 from evolora.training.prefix_cache import build_memory, check_training
 from evolora.training.progress import Reporter
@@ -31,11 +32,6 @@ from evolora.training.samples import Samples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-HELD_OUT_SHARE = 0.1
-"""Share of a task's training samples kept for calibration when it brings no validation split."""
-SELECTOR_SAMPLES = 4096
-"""At most so many training samples teach a selector; more do not change its statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +227,7 @@ class Learner:
         rate = self.training.learning_rates.get(title, self.training.learning_rate)
 
         def batches(step: int) -> Any:
-            return feeds[0].from_step(step) if len(feeds) == 1 else _in_turn(feeds, step)
+            return feeds[0].from_step(step) if len(feeds) == 1 else in_turn(feeds, step)
 
         return TaskRun(
             method=self.method,
@@ -289,11 +285,11 @@ class Learner:
         folder = selector.wants_reference
         if folder is not None:
             selector.learn_reference(
-                self.features(_spread(image_folder(folder)), feature), self.seed
+                self.features(spread(image_folder(folder)), feature), self.seed
             )
         selector.learn(
             index,
-            self.features(_spread(train), feature),
+            self.features(spread(train), feature),
             self.features(held_out, feature),
             self.seed,
         )
@@ -427,34 +423,3 @@ class Learner:
         from evolora.storage.artefact import load_artefact
 
         return load_artefact(Path(folder), model, processor, training=training)
-
-
-def split_held_out(task: Task) -> tuple[Examples, Examples]:
-    """Return (train, held out): the task's validation split, or a tenth of its training samples."""
-    if len(task.val):
-        return task.train, task.val
-    count = len(task.train)
-    held = set(range(0, count, round(1 / HELD_OUT_SHARE)))
-    if len(held) == count:
-        return task.train, task.train
-    kept = [row for row in range(count) if row not in held]
-    return Subset(task.train, kept), Subset(task.train, sorted(held))
-
-
-def _spread(data: Examples) -> Subset:
-    """Return at most SELECTOR_SAMPLES rows, spread evenly."""
-    count = min(len(data), SELECTOR_SAMPLES)
-    return Subset(data, [row * len(data) // count for row in range(count)])
-
-
-def _in_turn(feeds: Sequence[TrainingBatches], step: int) -> Any:
-    """Yield steps of several tasks in turn: overall step s is step s // t of task s % t."""
-    count = len(feeds)
-    micro = feeds[0].config.gradient_accumulation_steps
-    sources = [
-        feed.from_step((step + count - 1 - index) // count) for index, feed in enumerate(feeds)
-    ]
-    total = feeds[0].config.max_steps * count
-    for overall in range(step, total):
-        for _ in range(micro):
-            yield next(sources[overall % count])

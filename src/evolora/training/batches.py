@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -180,3 +180,16 @@ def _all_read(samples: list[Example | EvoloraError]) -> list[Example] | EvoloraE
     examples = [sample for sample in samples if isinstance(sample, Example)]
     errors = [sample for sample in samples if isinstance(sample, EvoloraError)]
     return errors[0] if errors else examples
+
+
+def in_turn(feeds: Sequence[TrainingBatches], step: int) -> Any:
+    """Yield steps of several tasks in turn: overall step s is step s // t of task s % t."""
+    count = len(feeds)
+    micro = feeds[0].config.gradient_accumulation_steps
+    sources = [
+        feed.from_step((step + count - 1 - index) // count) for index, feed in enumerate(feeds)
+    ]
+    total = feeds[0].config.max_steps * count
+    for overall in range(step, total):
+        for _ in range(micro):
+            yield next(sources[overall % count])

@@ -62,7 +62,14 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
             "full-finetuning",
             "sequential-lora",
         },
-        "streams": {"mosaic/domains", "mtil", "class-incremental", "folder", "csv"},
+        "streams": {
+            "mosaic/domains",
+            "mosaic/missing",
+            "mtil",
+            "class-incremental",
+            "folder",
+            "csv",
+        },
         "backbones": {"dual-encoder", "clip-tiny"},
     }[kind]
     assert expected <= names
@@ -108,6 +115,7 @@ def test_metrics_of_a_csv_and_an_npy(tmp_path: Path) -> None:
         (("metrics", "nowhere.csv"), "nowhere.csv"),
         (("demo", "--methods", "moe-adapter"), "did you mean 'moe-adapters'"),
         (("data", "build", "mosaic/domain"), "did you mean 'mosaic/domains'"),
+        (("data", "build", "mosaic/mising"), "did you mean 'mosaic/missing'"),
     ],
 )
 def test_a_users_fault_is_one_line_and_exit_code_2(

@@ -103,6 +103,7 @@ STREAMS: Registry[Any] = Registry(
     kind="stream",
     modules=(
         "evolora.streams.mosaic.domains",
+        "evolora.streams.mosaic.missing",
         "evolora.streams.mtil",
         "evolora.streams.class_incremental",
         "evolora.streams.own_data",

@@ -124,6 +124,19 @@ def test_rows_of_several_tasks_choose_as_alone(cfs: str) -> None:
         assert all(task * 8 <= factor < (task + 1) * 8 for factor in alone[0][0].tolist())
 
 
+@pytest.mark.parametrize("uniform", [1, None])
+def test_up_factors_are_chosen_by_the_tasks_own_down_factors(uniform: int | None) -> None:
+    pool = random_pool(2, cfs_mode="logit_sum")
+    query = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
+    tasks = torch.ones(5, dtype=torch.long)
+    before = pool.choose(query, tasks, uniform=uniform)[1]
+    pool.A.frozen.normal_(generator=torch.Generator().manual_seed(8))
+    assert torch.equal(pool.choose(query, tasks, uniform=uniform)[1], before)
+    with torch.no_grad():
+        pool.A.active.normal_(generator=torch.Generator().manual_seed(8))
+    assert not torch.equal(pool.choose(query, tasks, uniform=uniform)[1], before)
+
+
 def test_the_rank_is_at_most_r_and_a_full_pool_is_a_permutation() -> None:
     pool = random_pool(num_factors=4, r=4, router_grad="none", cfs_mode="off")
     query = torch.randn(7, generator=torch.Generator().manual_seed(1))

@@ -131,7 +131,5 @@ def _task(
         rows = torch.nonzero(chosen).squeeze(1)
         splits[split] = PackedPairs(packed, rows, len(classes), several, f"{info['name']}/{split}")
     splits["test"] = limited(splits["test"], test_limit, seed, f"{info['name']}/test")
-    labels = LabelSpace(
-        classes=classes, templates=tuple(info["templates"]), multi_label=several
-    )
+    labels = LabelSpace(classes=classes, templates=tuple(info["templates"]), multi_label=several)
     return make_task(info["name"], splits, labels, limit, seed, modalities=("image", "text"))

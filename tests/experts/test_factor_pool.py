@@ -37,7 +37,7 @@ def golden(cfs: bool = True, **given: Any) -> FactorPool:
 def update(pool: FactorPool, query: Tensor, uniform: int | None = 0) -> tuple[list, list, Tensor]:
     tasks = torch.zeros(1, dtype=torch.long)
     down, up, gates = pool.choose(query[None], tasks, uniform=uniform)
-    factors = pool.factors(down, up)
+    factors = pool.factors(down, up, uniform=uniform)
     weight = factors.a[0] if gates is None else factors.a[0] * gates[0][:, None]
     return down[0].tolist(), up[0].tolist(), pool.config.alpha * factors.b[0].T @ weight
 

@@ -95,8 +95,12 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.linear_probe",
         "evolora.methods.full_finetuning",
         "evolora.methods.lora",
+        "evolora.methods.coda_prompt",
         "evolora.methods.delo",
+        "evolora.methods.l2p",
+        "evolora.methods.map",
         "evolora.methods.moe_adapters",
+        "evolora.methods.rebq",
     ),
 )
 STREAMS: Registry[Any] = Registry(

@@ -131,7 +131,7 @@ def test_routing_features_have_their_widths_and_come_from_the_base(make_backbone
     backbone = make_backbone(kind)
     batch = batch_of(backbone)
     before = backbone.encode_base(batch)
-    assert {n: v.shape[1] for n, v in before.features.items()} == backbone.feature_widths()
+    assert {n: v.shape[-1] for n, v in before.features.items()} == backbone.feature_widths()
     learner = Learner(
         backbone,
         method=SequentialLoRAConfig(r=2),

@@ -131,7 +131,7 @@ def test_a_learner_wraps_a_plain_vilt() -> None:
     from tests.conftest import ToyProcessor, toy_vilt
 
     from evolora.learner import Learner
-    from evolora.methods.zero_shot import ZeroShotConfig
+    from evolora.methods.linear_probe import LinearProbeConfig
 
-    learner = Learner(toy_vilt(), ToyProcessor(), method=ZeroShotConfig())
+    learner = Learner(toy_vilt(), ToyProcessor(), method=LinearProbeConfig())
     assert isinstance(learner.backbone, Vilt)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -254,6 +254,7 @@ class Method(nn.Module):
         The rows of all tasks run in one forward; those of the base are not run again if ``encoded``
         has their pass.
         """
+        batch = replace(batch, random=None)  # a training batch that is answered draws nothing
         tasks = tasks.to(self.backbone.device)
         rows, others = torch.nonzero(tasks != BASE)[:, 0], torch.nonzero(tasks == BASE)[:, 0]
         if len(rows) == 0:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from evolora.answering import Answer
     from evolora.learner import Evaluation, Learner
     from evolora.methods.delo import DeLoConfig as DeLo
+    from evolora.methods.er import ERConfig as ER
+    from evolora.methods.ewc import EWCConfig as EWC
     from evolora.methods.full_finetuning import FullFinetuningConfig as FullFinetuning
     from evolora.methods.linear_probe import LinearProbeConfig as LinearProbe
     from evolora.methods.lora import JointLoRAConfig as JointLoRA
@@ -24,6 +26,8 @@ _PUBLIC = {
     "Answer": ("evolora.answering", "Answer"),
     "Evaluation": ("evolora.learner", "Evaluation"),
     "DeLo": ("evolora.methods.delo", "DeLoConfig"),
+    "ER": ("evolora.methods.er", "ERConfig"),
+    "EWC": ("evolora.methods.ewc", "EWCConfig"),
     "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
     "JointLoRA": ("evolora.methods.lora", "JointLoRAConfig"),
     "Learner": ("evolora.learner", "Learner"),
@@ -37,6 +41,8 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ER",
+    "EWC",
     "Answer",
     "DeLo",
     "Evaluation",

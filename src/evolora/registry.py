@@ -95,6 +95,8 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.linear_probe",
         "evolora.methods.full_finetuning",
         "evolora.methods.lora",
+        "evolora.methods.ewc",
+        "evolora.methods.er",
         "evolora.methods.delo",
         "evolora.methods.moe_adapters",
     ),

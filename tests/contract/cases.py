@@ -18,6 +18,8 @@ from evolora.backbones.clip import DualEncoder
 from evolora.experts.bank import GrowingStack
 from evolora.learner import Learner
 from evolora.methods.delo import DeLoConfig
+from evolora.methods.er import ERConfig
+from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
 from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
@@ -63,6 +65,8 @@ CASES = {
         settings={"learning_rate": 1e-3},
     ),
     "sequential-lora": Case(config=SequentialLoRAConfig(r=3, lora_dropout=0.1)),
+    "ewc": Case(config=EWCConfig(r=3, fisher_samples=5)),
+    "er": Case(config=ERConfig(r=3, capacity=10)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
     "delo": Case(config=DeLoConfig(num_factors=4, r=2), retains=True, fresh=True),

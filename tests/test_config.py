@@ -72,7 +72,7 @@ def test_every_fault_is_reported_at_once_with_its_path() -> None:
     ("value", "expected"),
     [
         ({"method": "moe-adapter"}, "unknown method 'moe-adapter'; did you mean 'moe-adapters'?"),
-        ({"method": None}, "method.type: missing (known: full-finetuning"),
+        ({"method": None}, "method.type: missing (known: "),
         ({"method": {"r": 4}}, "method.type: missing"),
         ({"method": {"type": ["a"]}}, "method.type: unknown method ['a']"),
         ({"stream": None}, "stream.name: missing (known: "),
@@ -117,7 +117,7 @@ def test_two_faults_of_one_section_are_both_named() -> None:
         (
             {"type": "auto-encodr"},
             "method.selector.type: unknown type 'auto-encodr'; did you mean 'auto-encoder'? "
-            "(known: auto-encoder, none, oracle)",
+            "(known: auto-encoder, none, oracle, task-keys)",
         ),
         ({"quantile": 2}, "method.selector: quantile must be in (0, 1]; got 2.0"),
         (
@@ -130,7 +130,8 @@ def test_two_faults_of_one_section_are_both_named() -> None:
         ),
         (
             [],
-            "method.selector: expected a mapping with a type (auto-encoder, none, oracle); got []",
+            "method.selector: expected a mapping with a type "
+            "(auto-encoder, none, oracle, task-keys); got []",
         ),
         (3, "method.selector: expected a mapping with a type"),
     ],

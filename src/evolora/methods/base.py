@@ -389,7 +389,7 @@ class Method(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def stored(self) -> dict[str, Tensor]:
-        """Return every tensor that must be kept to answer again, by name."""
+        """Return every tensor that must be kept to answer again and to go on, by name."""
         return {name: tensor for name, tensor in self.state_dict().items() if tensor.numel() > 0}
 
     def _step_classes(

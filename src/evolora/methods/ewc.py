@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.methods.lora import LoRAConfig, SequentialLoRA
-from evolora.randomness import generator
+from evolora.randomness import StepRandom, derive_seed, generator
 from evolora.registry import METHODS
 from evolora.regularizers.elastic import ElasticMemory, diagonal_fisher, surprise
+
+GROUP = 8
+"""Samples in one pass of measuring with drawn labels, see :func:`diagonal_fisher`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,8 @@ class EWCConfig(LoRAConfig):
         type: "ewc".
         strength: weight of the penalty (lambda); 0 is sequential LoRA.
         fisher: labels that the importance is measured with: "sampled" from the model's own answer,
-            or the true ones ("empirical").
-        fisher_samples: training samples of a task that it is measured on, one by one, at its end.
+            or the true ones ("empirical"; one sample at a time, which takes longer).
+        fisher_samples: training samples of a task that it is measured on, at the task's end.
         decay: of earlier tasks' importance at the end of a task, in [0, 1]; 1 forgets none.
     """
 
@@ -92,13 +95,17 @@ class EWC(SequentialLoRA):
         self.elastic.remember(self.held(), fisher, decay=self.config.decay)
 
     def _surprises(self, task: int, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """Yield -log p(y | x) of one sample after another."""
+        """Yield -log p(y | x) of a few samples after others, run as in a training step."""
         labels, expert = self.labels[task], self.expert_task(task)
-        draw = generator(self.seed, "fisher", task) if self.config.fisher == "sampled" else None
+        sampled = self.config.fisher == "sampled"
+        draw = generator(self.seed, "fisher", task) if sampled else None
+        passes = 0
         for batch in batches:
-            for row in range(len(batch)):
-                one = batch.take(torch.tensor([row], device=batch.labels.device))
-                one = replace(one, known=None)  # what is kept would be filled up to many rows
-                embedding = self.backbone.encode(one, self.make_route(expert, one))
-                logits, targets = self.training_logits(embedding, one, labels, expert)
-                yield surprise(logits, targets, several=labels.multi_label, draw=draw)[0]
+            for rows in torch.split(torch.arange(len(batch)), GROUP if sampled else 1):
+                random = StepRandom(derive_seed(self.seed, "fisher", task, passes))
+                # what is kept of samples would be filled up to many rows
+                part = replace(batch.take(rows), known=None, random=random)
+                embedding = self.backbone.encode(part, self.make_route(expert, part))
+                logits, targets = self.training_logits(embedding, part, labels, expert)
+                yield surprise(logits, targets, several=labels.multi_label, draw=draw)
+                passes += 1

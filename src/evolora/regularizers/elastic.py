@@ -64,19 +64,23 @@ class ElasticMemory(nn.Module):
 
 
 def diagonal_fisher(terms: Iterable[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """Return the mean of squared gradients (v) of -log p(y | x), one term () per sample.
+    """Return the mean over samples of squared gradients (v) of -log p(y | x).
+
+    The gradients within a term are summed before they are squared. Where y is drawn from the model
+    that is right on average, however many there are: such gradients are independent, and zero on
+    average, so products of two cancel. Where y is given, a term must be one sample.
 
     Args:
-        terms: made one by one, so that only one sample's graph is kept at a time.
+        terms: (b,) -log p(y | x) of some samples; one term's graph is kept at a time.
         parameters: of which the v values are; one that a term does not depend on has no gradient.
     """
     total, count = torch.zeros_like(_flat(parameters)), 0
     for term in terms:
         gradients = torch.autograd.grad(
-            term, list(parameters), allow_unused=True, materialize_grads=True
+            term.sum(), list(parameters), allow_unused=True, materialize_grads=True
         )
         total += _flat(gradients).square()
-        count += 1
+        count += len(term)
     return total / max(1, count)
 
 

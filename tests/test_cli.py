@@ -64,7 +64,7 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
             "sequential-lora",
         },
         "streams": {
-            *("mosaic/domains", "mtil", "class-incremental", "folder", "csv"),
+            *("mosaic/domains", "mosaic/missing", "mtil", "class-incremental", "folder", "csv"),
             *("image-text", "upmc-food101-cmml", "mm-imdb-cmml"),
         },
         "backbones": {"dual-encoder", "clip-tiny"},
@@ -148,6 +148,7 @@ def test_data_missing_writes_a_manifest_that_a_stream_takes(tmp_path: Path) -> N
         (("data", "missing", "mtl", "--out", "m.json"), "did you mean 'mtil'"),
         (("data", "missing", "mtil", "--out", "m.json", "--rate", "7"), "got 7.0"),
         (("data", "missing", "mosaic/domains", "--out", "m.json"), "has only image"),
+        (("data", "build", "mosaic/mising"), "did you mean 'mosaic/missing'"),
     ],
 )
 def test_a_users_fault_is_one_line_and_exit_code_2(

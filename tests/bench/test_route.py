@@ -8,6 +8,7 @@ import pytest
 
 from evolora.bench.layer import Shape
 from evolora.bench.route import PASSES, Timed, fitted, grid
+from evolora.bench.timing import Comparison, HostClock, Variant
 from evolora.experts.dispatch import Thresholds
 
 START = Thresholds(
@@ -21,8 +22,26 @@ SAMPLE = Shape(experts=64, r=16, k=2, tokens=1, batch=64)
 
 
 def timed(shape: Shape, **seconds: float) -> Timed:
-    slow = dict.fromkeys(shape.formulations, 9.0)
-    return Timed(shape, {(f, p): s for f, s in {**slow, **seconds}.items() for p in PASSES})
+    every = {**dict.fromkeys(shape.formulations, 9.0), **seconds}
+    best = min(every.values())
+    return Timed(shape, {(f, p): s / best for f, s in every.items() for p in PASSES})
+
+
+def test_slowness_is_the_median_of_rounds_not_of_times() -> None:
+    """A machine that slows down by half in between changes no regret."""
+    names = ("gather", "segments")
+    variants = [
+        Variant(name=name, run=lambda x: x, forward_base=name, step_base=name) for name in names
+    ]
+    comparison = Comparison(variants, [None], HostClock())
+    for speed in (1.0, 3.0, 1.0):
+        times = {("gather", p): speed for p in PASSES} | {("segments", p): 1.2 for p in PASSES}
+        comparison.rounds.append(
+            {cell: time * (speed if cell[0] == "segments" else 1.0) for cell, time in times.items()}
+        )
+    one = Timed.of(SAMPLE, comparison, names)
+    assert one.fastest("step") == "gather" and one.slowness["gather", "step"] == 1.0
+    assert one.slowness["segments", "step"] == pytest.approx(1.2)
 
 
 def test_regret_is_the_choice_s_time_over_the_fastest_one_s() -> None:

@@ -37,7 +37,7 @@ def golden(cfs: bool = True, **given: Any) -> FactorPool:
 def update(pool: FactorPool, query: Tensor, uniform: int | None = 0) -> tuple[list, list, Tensor]:
     tasks = torch.zeros(1, dtype=torch.long)
     down, up, gates = pool.choose(query[None], tasks, uniform=uniform)
-    factors = pool.factors(down, up)
+    factors = pool.factors(down, up, uniform=uniform)
     weight = factors.a[0] if gates is None else factors.a[0] * gates[0][:, None]
     return down[0].tolist(), up[0].tolist(), pool.config.alpha * factors.b[0].T @ weight
 
@@ -122,6 +122,19 @@ def test_rows_of_several_tasks_choose_as_alone(cfs: str) -> None:
         for got, expected in zip(mixed, alone, strict=True):
             torch.testing.assert_close(got[row], expected[0])
         assert all(task * 8 <= factor < (task + 1) * 8 for factor in alone[0][0].tolist())
+
+
+@pytest.mark.parametrize("uniform", [1, None])
+def test_up_factors_are_chosen_by_the_tasks_own_down_factors(uniform: int | None) -> None:
+    pool = random_pool(2, cfs_mode="logit_sum")
+    query = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
+    tasks = torch.ones(5, dtype=torch.long)
+    before = pool.choose(query, tasks, uniform=uniform)[1]
+    pool.A.frozen.normal_(generator=torch.Generator().manual_seed(8))
+    assert torch.equal(pool.choose(query, tasks, uniform=uniform)[1], before)
+    with torch.no_grad():
+        pool.A.active.normal_(generator=torch.Generator().manual_seed(8))
+    assert not torch.equal(pool.choose(query, tasks, uniform=uniform)[1], before)
 
 
 def test_the_rank_is_at_most_r_and_a_full_pool_is_a_permutation() -> None:

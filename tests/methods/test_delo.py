@@ -23,6 +23,7 @@ from evolora.methods.delo import (
     divergence,
     guided,
 )
+from evolora.randomness import StepRandom
 from evolora.routing.route import BASE
 
 SMALL: dict[str, Any] = {"num_factors": 6, "r": 2}
@@ -115,8 +116,6 @@ def test_every_active_tensor_gets_gradient(kind: str, how: Any) -> None:
     learner.learn(pair_task(0))
     learner.begin(pair_task(1))
     task = batch_of(learner, (0, 1, 2), task=1, rows=12)
-    from evolora.randomness import StepRandom
-
     learner.method(replace(task, task=1, random=StepRandom(0)))["loss"].backward()
     for layer in layers_of(learner):
         for pool in layer.pools.values():
@@ -135,6 +134,7 @@ def test_older_pools_and_keys_stay_bit_for_bit(kind: str) -> None:
     learner = pair_learner(DeLoConfig(**SMALL), kind)
     learner.learn(pair_task(0))
     before = [stack.all().clone() for pool in learner.method._pools() for stack in pool.stacks()]
+    assert not any(len(stack.active) for pool in learner.method._pools() for stack in pool.stacks())
     keys = learner.method.selector.keys.all().clone()
     learner.learn(pair_task(1))
     after = [stack for pool in learner.method._pools() for stack in pool.stacks()]
@@ -255,6 +255,19 @@ def test_factors_of_one_modality_may_act_on_its_tokens_alone() -> None:
     layer.forward = spy  # type: ignore[method-assign]
     embedded(own, batch)
     assert changed
+
+
+@pytest.mark.parametrize(("direction", "moves"), [("distil", False), ("released", True)])
+def test_which_answer_learns_from_which(direction: Any, moves: bool) -> None:
+    learner = pair_learner(DeLoConfig(cons_direction=direction, **SMALL))
+    learner.begin(pair_task(0))
+    batch = replace(batch_of(learner, (0,)), random=StepRandom(0))
+    whole = embedded(learner, batch).requires_grad_()
+    perturb(learner)
+    learner.method._consistency(batch, whole, torch.arange(6)).backward()
+    assert (whole.grad is not None and bool(whole.grad.any())) == moves
+    pools = [pool.B.active.grad for pool in learner.method._pools()]
+    assert all((grad is not None and bool(grad.any())) != moves for grad in pools)
 
 
 def test_consistency_pulls_answers_together() -> None:

@@ -9,11 +9,13 @@ import torch
 from tests.contract.cases import CASES
 from tests.methods.pairs import pair_learner, pair_task
 
+from evolora.errors import ConfigError
 from evolora.registry import METHODS
 from evolora.streams.task import LabelSpace
 
 NAMES = [entry.name for entry in METHODS if not entry.value.needs_prompts]
-KINDS = pytest.mark.parametrize("kind", ["vilt", "clip"])
+ONE_STREAM = [entry.name for entry in METHODS if entry.value.needs_one_stream]
+EACH = [(n, k) for n in NAMES for k in ("vilt", "clip") if k == "vilt" or n not in ONE_STREAM]
 
 
 def taught(name: str, kind: str, *, several: bool = False, count: int = 2) -> tuple[Any, list]:
@@ -27,8 +29,7 @@ def taught(name: str, kind: str, *, several: bool = False, count: int = 2) -> tu
     return learner, tasks
 
 
-@pytest.mark.parametrize("name", NAMES)
-@KINDS
+@pytest.mark.parametrize(("name", "kind"), EACH)
 def test_it_learns_answers_and_keeps_older_heads(name: str, kind: str) -> None:
     learner, tasks = taught(name, kind)
     heads = learner.method.heads
@@ -62,8 +63,7 @@ def test_several_labels_are_learned_and_scored(name: str) -> None:
     assert 0.0 < learner.evaluate(tasks[0]).score <= 1.0
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if CASES[n].retains])
-@KINDS
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, k in EACH if CASES[n].retains])
 def test_answers_of_a_finished_task_stay(name: str, kind: str) -> None:
     learner = pair_learner(CASES[name].config, kind)
     first = pair_task(0)
@@ -78,3 +78,9 @@ def test_answers_of_a_finished_task_stay(name: str, kind: str) -> None:
     before = answer()
     learner.learn(pair_task(1))
     torch.testing.assert_close(answer(), before, rtol=0, atol=1e-6)  # sums in another order
+
+
+@pytest.mark.parametrize("name", ONE_STREAM)
+def test_a_method_of_one_stream_refuses_two_towers(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} needs .*; ClipFusion runs them apart"):
+        pair_learner(CASES[name].config, "clip")

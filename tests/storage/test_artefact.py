@@ -188,13 +188,13 @@ def test_how_the_backbone_was_wrapped_is_remembered(tmp_path: Path) -> None:
     from evolora.backbones.clip_fusion import ClipFusion
     from evolora.backbones.loading import load_backbone
     from evolora.backbones.vilt import Vilt
-    from evolora.methods.zero_shot import ZeroShotConfig
+    from evolora.methods.linear_probe import LinearProbeConfig
 
-    fused = Learner(load_backbone("clip-tiny", type="clip-fusion"), method=ZeroShotConfig())
+    fused = Learner(load_backbone("clip-tiny", type="clip-fusion"), method=LinearProbeConfig())
     fused.save_pretrained(tmp_path / "fused")
     assert isinstance(Learner.from_pretrained(tmp_path / "fused").backbone, ClipFusion)
     folder = str(saved_vilt(tmp_path / "vilt"))
-    long = Learner(load_backbone(folder, text_length=20), method=ZeroShotConfig())
+    long = Learner(load_backbone(folder, text_length=20), method=LinearProbeConfig())
     long.save_pretrained(tmp_path / "long")
     again = Learner.from_pretrained(tmp_path / "long").backbone
     assert isinstance(again, Vilt) and again.text_length == 20

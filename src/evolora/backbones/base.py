@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evolora.backbones.batch import Batch, Encoded, LazyInputs, Prefix, label_tensor
+from evolora.backbones.blocks import block_indices, prompt_site
 from evolora.backbones.frozen import FrozenModel, ModelFunction
 from evolora.errors import ConfigError, DataError
+from evolora.experts.prompts import InputPrompts, PromptLayer, PromptSite, insert_prefix
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom, generator
 from evolora.routing.route import Route
@@ -60,6 +62,32 @@ class Backbone(FrozenModel):
         target_modules: Sequence[str] = (),
     ) -> list[Site]:
         """Return the sites of a kind, in order of tower and depth; ConfigError on unknown names."""
+
+    def prompt_sites(self, layers: Sequence[int] | None = None) -> list[PromptSite]:
+        """Return blocks of :attr:`cached_tower` that may get prompts, the lowest first.
+
+        Args:
+            layers: indices; None takes all.
+        """
+        blocks = self.blocks(self.cached_tower)
+        wanted = block_indices(layers, len(blocks), self.cached_tower)
+        return [prompt_site(blocks[index], self.cached_tower, index) for index in wanted]
+
+    def insert_prompts(
+        self, layers: Sequence[PromptLayer], *, at: int = 0, replace: bool = False
+    ) -> None:
+        """Put the prompts of layers into their blocks from the next forward on.
+
+        Args:
+            layers: of one kind; see :mod:`evolora.experts.prompts`.
+            at: for input prompts, the position they are put to.
+            replace: for input prompts, take out those of the block before.
+        """
+        if layers[0].kind == "input":
+            InputPrompts(self.host, self.blocks(self.cached_tower), layers, at=at, replace=replace)
+            return
+        for layer in layers:
+            insert_prefix(self.host, layer)
 
     def collate(
         self,

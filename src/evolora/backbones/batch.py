@@ -111,6 +111,22 @@ class Batch:
         """Return the same samples with a training step's randomness."""
         return replace(self, random=random)
 
+    def joined(self, others: Sequence[Batch]) -> Batch:
+        """Return the rows of this batch and of others of its task; nothing is known of them."""
+        parts = [self, *others]
+        return replace(
+            self,
+            inputs={name: torch.cat([part.inputs[name] for part in parts]) for name in self.inputs},
+            labels=torch.cat([part.labels for part in parts]),
+            keys=tuple(key for part in parts for key in part.keys),
+            tasks=tuple(task for part in parts for task in part.tasks),
+            known=None,
+            prefix=None,
+            present={
+                name: torch.cat([part.present[name] for part in parts]) for name in self.present
+            },
+        )
+
     def take(self, rows: Tensor) -> Batch:
         """Return the given rows as a batch of their own."""
         chosen = rows.tolist()

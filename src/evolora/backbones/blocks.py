@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolora.errors import ConfigError
+from evolora.experts.prompts import PromptSite
 from evolora.experts.sites import Site, SiteKind
 
 LINEARS = {
@@ -110,6 +111,21 @@ def block_sites(
             )
         )
     return found
+
+
+def prompt_site(block: nn.Module, tower: str, index: int) -> PromptSite:
+    """Return where prompts stand in a block of ViLT, CLIP or SigLIP."""
+    is_vilt = "layernorm_before" in dict(block.named_children())
+    linears = VILT_LINEARS if is_vilt else LINEARS
+    key: Any = block.get_submodule(linears["k_proj"])
+    return PromptSite(
+        tower=tower,
+        layer=index,
+        attention=block.get_submodule(linears["k_proj"].rpartition(".")[0]),
+        key=key,
+        value=block.get_submodule(linears["v_proj"]),
+        width=key.in_features,
+    )
 
 
 def entry_of(block: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -133,7 +132,11 @@ class FrozenModel(ABC):
             raise ConfigError(
                 f"gradient_checkpointing: {type(self.model).__name__} does not support it"
             )
-        again = partial(checkpoint, use_reentrant=False)
+
+        def again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            held = self.host.holding_routes(function)
+            return checkpoint(held, *args, use_reentrant=False, **kwargs)
+
         for block in blocks:
             block.training = True
             vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=again)

@@ -60,7 +60,7 @@ class Vilt(Backbone):
     cached_tower = TOWER
     modalities = ("image", "text")
     input_names = ("input_ids", "attention_mask", "pixel_values")
-    kept_features = ("layers", "modalities")
+    kept_features = ("layers", "modalities", "heads")
     masked = True
 
     def __init__(
@@ -157,6 +157,8 @@ class Vilt(Backbone):
         Texts are run at full length, so that what is kept of a sample never depends on the others.
         "layers": statistics over all tokens that are no padding, the constants in place of a
         missing modality included. "modalities": mean of the last hidden states over each modality.
+        "heads": the last hidden state of each modality's class token, (b, m, d), in the order of
+        the modalities; NaN where the sample lacks it.
         """
         inputs = dict(batch.inputs)
         spans = self.spans(batch, inputs["attention_mask"])
@@ -171,6 +173,9 @@ class Vilt(Backbone):
         if "modalities" in names:
             means = F.normalize(spans.means(output.last_hidden_state), dim=-1)
             found["modalities"] = means.masked_fill(~spans.present.unsqueeze(2), float("nan"))
+        if "heads" in names:
+            heads = spans.heads(output.last_hidden_state)
+            found["heads"] = heads.masked_fill(~spans.present.unsqueeze(2), float("nan"))
         return found
 
     @property
@@ -179,9 +184,27 @@ class Vilt(Backbone):
         return {TOWER: int(self.config.hidden_size)}
 
     def feature_widths(self) -> dict[str, int]:
-        """Return the widths of "pooled", "layers" and (per modality) "modalities"."""
+        """Return the widths of "pooled", "layers" and (per modality) "modalities" and "heads"."""
         statistics = 2 * len(statistic_layers(1 + len(self.blocks(TOWER)))) * self.width
-        return {"pooled": self.width, "layers": statistics, "modalities": self.width}
+        widths = dict.fromkeys(("pooled", "modalities", "heads"), self.width)
+        return {**widths, "layers": statistics}
+
+    @property
+    def pooler_site(self) -> Site:
+        """Where a layer stands that reads the sequence (b, n, d) in its own way, or after it.
+
+        Its input is what the pooler reads, its output becomes the embedding.
+        """
+        model: Any = self.model
+        return Site(
+            tower=TOWER,
+            layer=len(self.blocks(TOWER)) - 1,
+            name=f"{TOWER}.{len(self.blocks(TOWER)) - 1}.pooler",
+            kind="linear",
+            module=model.pooler,
+            d_in=self.width,
+            d_out=self.width,
+        )
 
     def encode(self, batch: Batch, route: Route) -> Tensor:
         """Return the pooled state (b, p) under the route; sites get it with its ``spans``."""

@@ -1,7 +1,8 @@
 """Bench "route": the formulation the dispatcher picks, against the fastest one, over many shapes.
 
-regret = time of the chosen formulation / time of the fastest. With ``fit`` the dispatcher's
-thresholds are set to what makes the regrets smallest here, and kept for this type of device.
+regret = time of the chosen formulation / time of the fastest: the median over rounds. With ``fit``
+the dispatcher's thresholds are set to what makes the regrets smallest here, and kept for this type
+of device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 from evolora.bench.layer import Shape, case
 from evolora.bench.session import Session
-from evolora.bench.timing import Pass
+from evolora.bench.timing import Comparison, Pass
 from evolora.experts.dispatch import Thresholds, choose, save_thresholds, thresholds_for
 
 PASSES: tuple[Pass, ...] = ("forward", "step")
@@ -32,10 +33,21 @@ MIN_GAIN = 0.005
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of every formulation of a shape, per pass."""
+    """How much slower than the fastest one every formulation of a shape is, per pass."""
 
     shape: Shape
-    seconds: Mapping[tuple[str, Pass], float]
+    slowness: Mapping[tuple[str, Pass], float]
+
+    @classmethod
+    def of(cls, shape: Shape, comparison: Comparison, names: Sequence[str]) -> Timed:
+        """Compare each formulation with the fastest one, round by round."""
+        slowness: dict[tuple[str, Pass], float] = {}
+        for which in PASSES:
+            best = min(names, key=lambda name: comparison.seconds(name, which))
+            for name in names:
+                ratio = comparison.between((name, which), (best, which)).median
+                slowness[name, which] = 1.0 if name == best else max(1.0, ratio)
+        return cls(shape, slowness)
 
     def choice(self, thresholds: Thresholds) -> str:
         """Return the formulation that thresholds pick for this shape."""
@@ -52,13 +64,12 @@ class Timed:
 
     def fastest(self, which: Pass) -> str:
         """Return the fastest formulation of a pass."""
-        timed = [formulation for formulation, when in self.seconds if when == which]
-        return min(timed, key=lambda formulation: self.seconds[formulation, which])
+        timed = [formulation for formulation, when in self.slowness if when == which]
+        return min(timed, key=lambda formulation: self.slowness[formulation, which])
 
     def regret(self, thresholds: Thresholds, which: Pass) -> float:
-        """Return the time of the choice over the fastest one's; a choice not timed is the worst."""
-        best = self.seconds[self.fastest(which), which]
-        return self.seconds.get((self.choice(thresholds), which), math.inf) / best
+        """Return how much slower the choice is; a choice not timed is the worst."""
+        return self.slowness.get((self.choice(thresholds), which), math.inf)
 
 
 def measure(session: Session, *, fit: bool = False) -> None:
@@ -108,8 +119,7 @@ def time_grid(session: Session, shapes: Sequence[Shape], thresholds: Thresholds)
                 made.inputs,
                 rounds=session.settings.either(7, 5),
             )
-            cells = itertools.product(names, PASSES)
-            timed.append(Timed(shape, {cell: comparison.seconds(*cell) for cell in cells}))
+            timed.append(Timed.of(shape, comparison, names))
     finally:
         show(session, timed, thresholds, "as it is")
     return timed

@@ -27,6 +27,10 @@ from evolora.routing.selector import AutoEncoderSelector
 from evolora.streams.task import LabelSpace
 
 PARTS = {
+    "/prompts.": "prompts",
+    "/memory.": "prompts",
+    "/answer.": "prompts",
+    "/pooler.": "tuned_weights",
     ".bank.": "experts",
     ".routers.": "gates_and_noise",
     ".pools.": "adapters",

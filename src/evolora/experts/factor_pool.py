@@ -129,7 +129,7 @@ class FactorPool(nn.Module):
         if self.conditional is None:
             chances = up.softmax(dim=1)
         else:
-            chosen = self.A.take(first + best_down).detach().to(query.dtype)
+            chosen = self._taken(self.A, first + best_down, uniform).detach().to(query.dtype)
             given = self._given(chosen, tasks, uniform)
             if config.cfs_mode == "logit_sum":
                 up = up + given.sum(dim=1)
@@ -146,15 +146,23 @@ class FactorPool(nn.Module):
                 gates = gates - gates.detach() + 1.0
         return first + best_down, first + best_up, gates
 
-    def factors(self, down: Tensor, up: Tensor) -> Factors:
+    def factors(self, down: Tensor, up: Tensor, *, uniform: int | None = None) -> Factors:
         """Return the chosen factors of each sample: (b, r, d_in) and (b, r, d_out)."""
-        return Factors(a=self.A.take(down), b=self.B.take(up))
+        return Factors(a=self._taken(self.A, down, uniform), b=self._taken(self.B, up, uniform))
 
     def flops(self, tokens: int) -> int:
         """Return the extra FLOPs of one row of ``tokens`` tokens: its routers and its factors."""
         e, r = self.config.num_factors, self.config.r
         given = 0 if self.conditional is None else 2 * r * self.d_in * e
         return 4 * e * self.d_query + given + 2 * tokens * r * (self.d_in + self.d_out)
+
+    def _taken(self, stack: GrowingStack, factors: Tensor, uniform: int | None) -> Tensor:
+        """Return factors (b, r) of the stack, from one task's part of it where that is known."""
+        if uniform is None:
+            return stack.take(factors)
+        first, count = uniform * self.config.num_factors, self.config.num_factors
+        places = stack.places()[first : first + count]
+        return F.embedding(factors - first, stack.part(places))
 
     def _scores(
         self,

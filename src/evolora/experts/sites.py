@@ -9,8 +9,8 @@ forward hooks. Its state dict, its module tree and its weights stay what they we
   y = h + MLP(LN(h)) + E(h)   (MoE-Adapters, section 3.2 of arXiv 2403.11549).
 
 The route is handed to all sites of a tower through one :class:`SiteHost`. It stays in place until
-the tower's next forward, so a backward pass that recomputes (gradient checkpointing) meets the same
-route.
+the tower's next forward; a backward pass that recomputes (gradient checkpointing) meets the route
+of its own forward (:meth:`SiteHost.holding_routes`), however many forwards a step has.
 
 A gate that reads what enters a whole block, not what enters a Linear, watches the block
 (:meth:`SiteHost.watch`): its callback keeps what the block's sites then use.
@@ -188,6 +188,46 @@ class SiteHost:
             self._handles.append(
                 entry.register_forward_pre_hook(lambda _, args, index=index: hook(index, args))
             )
+
+    def hold(self, tower: str, layer: int, handle: RemovableHandle) -> None:
+        """Keep the handle of a hook that acts in a block, to be removed with all the others."""
+        self._lowest[tower] = min(layer, self._lowest.get(tower, layer))
+        self._handles.append(handle)
+
+    def route_at(self, tower: str, place: str, rows: int) -> Route | None:
+        """Return the route of a forward in which every row gets prompts; None if none does.
+
+        Raises:
+            RouteError: there is no route, or it is for other rows, or the base answers some rows.
+        """
+        if not self._wanted(tower, place):
+            return None
+        route = self._routes[tower]
+        if route.rows != rows:
+            raise RouteError(f"{place} got {rows} rows, its route {route.rows}")
+        if not route.everybody:
+            raise RouteError(
+                f"{place}: rows with prompts and rows of the base cannot run in one forward, for "
+                "prompts make a sequence longer; run the rows of the base apart"
+            )
+        return route
+
+    def route_of(self, tower: str) -> Route:
+        """Return the route in place for a tower."""
+        return self._routes[tower]
+
+    def holding_routes(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function as it runs under the routes that are in place now."""
+        routes = dict(self._routes)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before, self._routes = self._routes, routes
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._routes = before
+
+        return run
 
     def remove_all(self) -> None:
         """Take every expert layer and watcher out again; the model is as before the first."""

@@ -9,7 +9,7 @@ gate mixes them, who recognises the task, and what is frozen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from evolora.backbones.base import Backbone, Batch, Encoded, prompts_of
+from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
+from evolora.experts.prompts import PromptLayer
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
 from evolora.methods.heads import TaskHeads
@@ -76,6 +78,7 @@ class Method(nn.Module):
         joint: True trains on all tasks at once (an upper bound, not a continual learner).
         replaces_weights: True runs the model with other weights than the frozen ones.
         needs_prompts: True answers by class-name prompts alone, which not every backbone has.
+        needs_one_stream: True works on image and text in one sequence alone, as in ViLT.
 
     Attributes:
         heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
@@ -95,12 +98,18 @@ class Method(nn.Module):
     joint: ClassVar[bool] = False
     replaces_weights: ClassVar[bool] = False
     needs_prompts: ClassVar[bool] = False
+    needs_one_stream: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
         if self.needs_prompts and backbone.answers == "heads":
             raise ConfigError(
                 f"{config.type} answers by class-name prompts; {type(backbone).__name__} has none"
+            )
+        if self.needs_one_stream and not isinstance(backbone, Vilt):
+            raise ConfigError(
+                f"{config.type} needs image and text in one sequence, as in ViltModel; "
+                f"{type(backbone).__name__} runs them apart or has one only"
             )
         self.config = config
         self.backbone = backbone
@@ -374,6 +383,13 @@ class Method(nn.Module):
         """Own ``layer`` and let it act at ``site``."""
         self.layers[site.key] = layer
         self.backbone.host.insert(site, layer)
+
+    def insert_prompts(
+        self, layers: Mapping[str, PromptLayer], *, at: int = 0, replace: bool = False
+    ) -> None:
+        """Own prompt layers, by name, and put their prompts into the backbone's blocks."""
+        self.layers.update(layers)
+        self.backbone.insert_prompts(list(layers.values()), at=at, replace=replace)
 
     def remove(self) -> None:
         """Take all experts out of the backbone again."""

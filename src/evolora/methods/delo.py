@@ -246,7 +246,7 @@ class DeLoLayer(ExpertLayer):
             query = queries[:, self.queries.modalities.index(name)].to(x.dtype)
             down, up, gates = pool.choose(query, route.tasks, uniform=route.uniform)
             weights = torch.ones_like(down, dtype=x.dtype) if gates is None else gates
-            parts.append((pool.factors(down, up), self.alpha * weights))
+            parts.append((pool.factors(down, up, uniform=route.uniform), self.alpha * weights))
         factors = Factors(
             a=torch.cat([part.a for part, _ in parts], dim=1),
             b=torch.cat([part.b for part, _ in parts], dim=1),

@@ -29,6 +29,7 @@ class Route:
         spans: where the modalities stand in a fused sequence; set by the backbone that makes it.
         queries: (b, m, q) descriptor of each modality of the row, for gates that read the same one
             at every site; None where they read hidden states.
+        stage: which of a method's passes over the samples this is; "" is the one that answers.
     """
 
     tasks: Tensor
@@ -37,6 +38,7 @@ class Route:
     random: StepRandom | None = None
     spans: Spans | None = None
     queries: Tensor | None = None
+    stage: str = ""
 
     @classmethod
     def of(

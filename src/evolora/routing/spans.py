@@ -47,6 +47,10 @@ class Spans:
         """
         return self._weights.to(hidden.dtype) @ hidden
 
+    def heads(self, hidden: Tensor) -> Tensor:
+        """Return the states (b, m, d) at the first position of each modality."""
+        return hidden[:, [span.start for span in self.of.values()]]
+
     def positions(self, modality: str) -> Tensor:
         """Return (n,) bool: the positions of a modality, heads and padding included."""
         where = torch.zeros(self.mask.shape[1], dtype=torch.bool, device=self.mask.device)

@@ -9,7 +9,7 @@ from evolora.errors import ConfigError, DataError
 from evolora.methods.base import Method
 from evolora.randomness import derive_seed
 from evolora.streams.task import Examples, Joined, Subset, Task
-from evolora.training.splits import split_held_out
+from evolora.training.held_out import split_held_out
 
 Keys = Callable[[Examples], Sequence[str]]
 

@@ -1,4 +1,4 @@
-"""Which of a task's samples teach it, which calibrate, which teach its selector."""
+"""Which samples of a task train, which calibrate, and which teach its selector."""
 
 from __future__ import annotations
 

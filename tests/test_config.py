@@ -117,7 +117,7 @@ def test_two_faults_of_one_section_are_both_named() -> None:
         (
             {"type": "auto-encodr"},
             "method.selector.type: unknown type 'auto-encodr'; did you mean 'auto-encoder'? "
-            "(known: auto-encoder, none, oracle)",
+            "(known: auto-encoder, none, oracle, task-keys)",
         ),
         ({"quantile": 2}, "method.selector: quantile must be in (0, 1]; got 2.0"),
         (
@@ -130,7 +130,8 @@ def test_two_faults_of_one_section_are_both_named() -> None:
         ),
         (
             [],
-            "method.selector: expected a mapping with a type (auto-encoder, none, oracle); got []",
+            "method.selector: expected a mapping with a type "
+            "(auto-encoder, none, oracle, task-keys); got []",
         ),
         (3, "method.selector: expected a mapping with a type"),
     ],

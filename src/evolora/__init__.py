@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from evolora.learner import Evaluation, Learner
     from evolora.methods.coda_prompt import CodaPromptConfig as CodaPrompt
     from evolora.methods.delo import DeLoConfig as DeLo
+    from evolora.methods.er import ERConfig as ER
+    from evolora.methods.ewc import EWCConfig as EWC
     from evolora.methods.full_finetuning import FullFinetuningConfig as FullFinetuning
     from evolora.methods.l2p import L2PConfig as L2P
     from evolora.methods.linear_probe import LinearProbeConfig as LinearProbe
@@ -29,6 +31,8 @@ _PUBLIC = {
     "Evaluation": ("evolora.learner", "Evaluation"),
     "CodaPrompt": ("evolora.methods.coda_prompt", "CodaPromptConfig"),
     "DeLo": ("evolora.methods.delo", "DeLoConfig"),
+    "ER": ("evolora.methods.er", "ERConfig"),
+    "EWC": ("evolora.methods.ewc", "EWCConfig"),
     "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
     "JointLoRA": ("evolora.methods.lora", "JointLoRAConfig"),
     "L2P": ("evolora.methods.l2p", "L2PConfig"),
@@ -45,6 +49,8 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ER",
+    "EWC",
     "L2P",
     "Answer",
     "CodaPrompt",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from evolora.answering import Answer, answer_inputs, answerer
 from evolora.backbones.base import Backbone, Batch
-from evolora.errors import ConfigError
+from evolora.errors import ConfigError, unknown_name
 from evolora.evaluation.cost import Cost, measure_cost
 from evolora.evaluation.tally import tally_for
 from evolora.methods.base import Method, Objective
@@ -21,13 +22,14 @@ from evolora.registry import METHODS
 from evolora.routing.route import BASE
 from evolora.storage.state import export_state, load_state
 from evolora.streams.sampling import image_folder
-from evolora.streams.task import Examples, LabelSpace, Task
+from evolora.streams.task import Examples, LabelSpace, Subset, Task
 from evolora.training.batches import Share, TrainingBatches, evaluation_batches, in_turn
 from evolora.training.config import TrainingConfig
 from evolora.training.held_out import split_held_out, spread
 from evolora.training.loop import TaskRun, train_task
 from evolora.training.prefix_cache import build_memory, check_training
 from evolora.training.progress import Reporter
+from evolora.training.replay import Archive, Replayed
 from evolora.training.samples import Samples
 
 if TYPE_CHECKING:
@@ -125,6 +127,7 @@ class Learner:
         self.evaluation_cache = evaluation_cache
         self.reporter = reporter or Reporter()
         self.costs: list[Cost] = []
+        self.archive = Archive(self.method)
 
     # -- learning --------------------------------------------------------------------------------
 
@@ -140,6 +143,17 @@ class Learner:
                 f"task {task.name!r} is already learned (learned: {', '.join(self.task_names)})"
             )
         self.method.begin_task(task.name, task.labels)
+        self.recall([task])
+
+    def recall(self, tasks: Iterable[Task]) -> None:
+        """Put the data of learned tasks at hand again, for methods that replay it.
+
+        A learner that learned them itself, or goes on with a run, has them at hand.
+        """
+        for task in tasks:
+            if task.name not in self.task_names:
+                raise unknown_name("learned task", task.name, self.task_names)
+            self.archive.keep(task)
 
     def learn(
         self,
@@ -160,8 +174,10 @@ class Learner:
                 self.begin(task)
             index = len(self.task_names) - 1
             train, held_out = split_held_out(task)
-            run = self._task_run(task.name, [(index, train)], self.training.max_steps)
+            replayed = self.archive.replayed(self._keys)
+            run = self._task_run(task.name, [(index, train)], self.training.max_steps, replayed)
             loss = self._train(run, progress, save)
+            self.method.review(index, len(train), partial(self._of_task, index, train))
             self._finish(index, train, held_out)
             self._settle()
         return loss
@@ -211,7 +227,13 @@ class Learner:
             self.method.eval()
             raise
 
-    def _task_run(self, title: str, parts: Sequence[tuple[int, Examples]], steps: int) -> TaskRun:
+    def _task_run(
+        self,
+        title: str,
+        parts: Sequence[tuple[int, Examples]],
+        steps: int,
+        replayed: Replayed | None = None,
+    ) -> TaskRun:
         feeds = [
             TrainingBatches(
                 data,
@@ -221,6 +243,7 @@ class Learner:
                 task=index,
                 share=self.share,
                 samples=self.samples if self.training.prefix_cache != "off" else None,
+                replayed=replayed,
             )
             for index, data in parts
         ]
@@ -348,6 +371,15 @@ class Learner:
         """Yield rows of a data set without augmentation."""
         samples = self.samples if self.evaluation_cache else None
         return evaluation_batches(data, self.backbone, self.evaluation_batch_size, rows, samples)
+
+    def _of_task(self, task: int, data: Examples, rows: Sequence[int]) -> Iterator[Batch]:
+        """Yield some rows of a task's data set, as batches of the task."""
+        for batch in self._batches(Subset(data, rows), range(len(rows))):
+            yield replace(batch, task=task)
+
+    def _keys(self, data: Examples) -> list[str]:
+        """Return the keys of a data set's samples."""
+        return [key for batch in self._batches(data, range(len(data))) for key in batch.keys]
 
     def _own_range(self, rows: int) -> range:
         """Return this process's contiguous part of a test set."""

@@ -95,6 +95,8 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.linear_probe",
         "evolora.methods.full_finetuning",
         "evolora.methods.lora",
+        "evolora.methods.ewc",
+        "evolora.methods.er",
         "evolora.methods.coda_prompt",
         "evolora.methods.delo",
         "evolora.methods.l2p",

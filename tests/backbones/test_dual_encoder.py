@@ -18,9 +18,10 @@ from evolora.backbones.clip import DualEncoder
 from evolora.errors import ConfigError
 from evolora.learner import Learner
 from evolora.methods.lora import LoRAPerTaskConfig, SequentialLoRAConfig
-from evolora.methods.moe_adapters import MoEAdaptersConfig, MoELayer, OracleSelectorConfig
+from evolora.methods.moe_adapters import MoEAdaptersConfig, MoELayer
 from evolora.randomness import StepRandom
 from evolora.routing.route import BASE, Route
+from evolora.routing.selector import OracleSelectorConfig
 from evolora.storage.state import export_state, load_state
 from evolora.streams.task import LabelSpace
 from evolora.training.config import TrainingConfig

@@ -19,6 +19,8 @@ from evolora.experts.bank import GrowingStack
 from evolora.learner import Learner
 from evolora.methods.coda_prompt import CodaPromptConfig
 from evolora.methods.delo import DeLoConfig
+from evolora.methods.er import ERConfig
+from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
 from evolora.methods.l2p import L2PConfig
 from evolora.methods.linear_probe import LinearProbeConfig
@@ -70,6 +72,8 @@ CASES = {
         settings={"learning_rate": 1e-3},
     ),
     "sequential-lora": Case(config=SequentialLoRAConfig(r=3, lora_dropout=0.1)),
+    "ewc": Case(config=EWCConfig(r=3, fisher_samples=5)),
+    "er": Case(config=ERConfig(r=3, capacity=10)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
     "delo": Case(config=DeLoConfig(num_factors=4, r=2), retains=True, fresh=True),

@@ -18,13 +18,13 @@ from evolora.methods.delo import (
     DeLo,
     DeLoConfig,
     DeLoLayer,
-    OracleKeysConfig,
     alignment,
     divergence,
     guided,
 )
 from evolora.randomness import StepRandom
 from evolora.routing.route import BASE
+from evolora.routing.selector import OracleSelectorConfig
 
 SMALL: dict[str, Any] = {"num_factors": 6, "r": 2}
 KINDS = pytest.mark.parametrize("kind", ["vilt", "clip"])
@@ -334,5 +334,5 @@ def test_wrong_settings_are_refused(given: dict, text: str) -> None:
 
 
 def test_an_oracle_is_a_choice() -> None:
-    learner = pair_learner(DeLoConfig(selector=OracleKeysConfig(), **SMALL))
+    learner = pair_learner(DeLoConfig(selector=OracleSelectorConfig(), **SMALL))
     assert learner.method.routing == "oracle" and learner.method.selector.feature is None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evolora.backbones.memory import Known
+from evolora.errors import ConfigError
 from evolora.randomness import StepRandom
 
 
@@ -79,8 +80,11 @@ class Batch:
         labels: (b,) int64 class index; with several labels per sample (b, c) float of 0 and 1.
         keys: identifier of each sample.
         task: index of the samples' task in the stream; read in training and by oracles only.
+        tasks: task of each row where a training batch has rows of several; ``task`` is the newest.
+            Labels are then class indices of each row's own task.
         random: randomness of the training step; None in evaluation.
         step_labels: class indices of the whole global batch where several processes share it.
+        step_tasks: ``tasks`` of the whole global batch.
         known: which samples these are and where results on them are kept; None computes all anew.
         prefix: activations to go on from (of the tower that sees images); None begins with the
             inputs.
@@ -92,8 +96,10 @@ class Batch:
     labels: Tensor
     keys: tuple[str, ...]
     task: int | None = None
+    tasks: tuple[int, ...] = ()
     random: StepRandom | None = None
     step_labels: Tensor | None = None
+    step_tasks: tuple[int, ...] = ()
     known: Known | None = None
     prefix: Prefix | None = None
     present: Mapping[str, Tensor] = field(default_factory=dict)
@@ -113,6 +119,7 @@ class Batch:
             inputs={name: torch.cat([part.inputs[name] for part in parts]) for name in self.inputs},
             labels=torch.cat([part.labels for part in parts]),
             keys=tuple(key for part in parts for key in part.keys),
+            tasks=tuple(task for part in parts for task in part.tasks),
             known=None,
             prefix=None,
             present={
@@ -132,10 +139,22 @@ class Batch:
             inputs=inputs,
             labels=self.labels[rows],
             keys=tuple(self.keys[row] for row in chosen),
+            tasks=tuple(self.tasks[row] for row in chosen) if self.tasks else (),
             known=self.known.take(chosen) if self.known else None,
             prefix=self.prefix.take(rows) if self.prefix else None,
             present={name: value[rows] for name, value in self.present.items()},
         )
+
+    def of_task(self, task: int) -> tuple[Tensor, Batch]:
+        """Return which rows of a mixed batch are a task's, and what its loss needs of them."""
+        device = self.labels.device
+        rows = torch.tensor([row for row, own in enumerate(self.tasks) if own == task])
+        rows = rows.to(device, torch.long)
+        part = replace(self, inputs={}, known=None, prefix=None, present={}).take(rows)
+        step = self.step_labels
+        if step is not None:
+            step = step[[row for row, own in enumerate(self.step_tasks) if own == task]]
+        return rows, replace(part, task=task, tasks=(), step_labels=step, step_tasks=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +179,15 @@ class Encoded:
 def label_tensor(
     labels: Sequence[int | tuple[int, ...]], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Return ``Batch.labels``: (b,) int64, or (b, c) float32 where samples have several."""
-    several = any(isinstance(label, tuple) for label in labels)
-    return torch.tensor(labels, dtype=torch.float32 if several else torch.int64, device=device)
+    """Return ``Batch.labels``: (b,) int64, or (b, c) float32 where samples have several.
+
+    Samples of tasks that have fewer classes are filled up with zeros.
+    """
+    several = [label for label in labels if isinstance(label, tuple)]
+    if not several:
+        return torch.tensor(labels, dtype=torch.int64, device=device)
+    if len(several) < len(labels):
+        raise ConfigError("samples with one and with several labels cannot share a batch")
+    most = max(len(label) for label in several)
+    filled = [label + (0,) * (most - len(label)) for label in several]
+    return torch.tensor(filled, dtype=torch.float32, device=device)

@@ -37,6 +37,7 @@ PARTS = {
     "heads.": "heads",
     "vectors.": "class_vectors",
     "tuned.": "tuned_weights",
+    "elastic.": "importance",
 }
 """Mark in a tensor's name -> part it is counted under."""
 

@@ -9,7 +9,7 @@ gate mixes them, who recognises the task, and what is frozen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -24,6 +24,7 @@ from evolora.experts.prompts import PromptLayer
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
 from evolora.methods.heads import TaskHeads
+from evolora.methods.reservoir import Reservoir
 from evolora.methods.versions import TensorVersions
 from evolora.randomness import generator
 from evolora.routing.features import FeatureExtractor
@@ -83,6 +84,8 @@ class Method(nn.Module):
         heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
         head_mode: which heads answer: that of the "selected" task, or those of "all_seen" tasks.
             Methods that know no task ask all of them.
+        reservoir: which samples of earlier tasks are replayed in training; None replays none. Heads
+            of replayed tasks go on learning.
 
     Args:
         config: instance of ``config_class``.
@@ -119,6 +122,7 @@ class Method(nn.Module):
         if backbone.answers == "heads":
             self.heads = TaskHeads(backbone.parts, self.labels, device=backbone.device)
         self.head_mode: HeadMode = "selected"
+        self.reservoir: Reservoir | None = None
         self.objective = Objective()
         self.reuse = True  # what lies below the experts is computed once (training.prefix_cache)
         self._tensors = TensorVersions()
@@ -135,13 +139,24 @@ class Method(nn.Module):
         task = len(self.labels) - 1
         if self.heads is not None:
             draw = generator(self.seed, "head", task)
-            self.heads.add(labels, draw, freeze=not self.joint)
+            self.heads.add(labels, draw, freeze=not self.joint and self.reservoir is None)
         self.allocate(task)
         if self.backbone.device.type != "meta":  # counting on shapes keeps its indices on the CPU
             self.to(self.backbone.device)
 
     def allocate(self, task: int) -> None:
         """Add what the new task needs. Default: nothing."""
+
+    def review(
+        self, task: int, rows: int, read: Callable[[Sequence[int]], Iterable[Batch]]
+    ) -> None:
+        """Look at the training samples of the task just learned. Default: nothing.
+
+        Args:
+            task: index of the task.
+            rows: of its training set.
+            read: gives chosen rows as batches of the task, without augmentation.
+        """
 
     def finish_task(self) -> None:
         """Freeze what the task leaves behind. Default: nothing."""
@@ -169,7 +184,10 @@ class Method(nn.Module):
         Cross-entropy among its classes, or binary cross-entropy of each where a sample may have
         several.
         """
-        logits, targets = self.training_logits(embedding, batch, labels, task)
+        return self.answer_loss(*self.training_logits(embedding, batch, labels, task), labels)
+
+    def answer_loss(self, logits: Tensor, targets: Tensor, labels: LabelSpace) -> Tensor:
+        """Return the classification loss of logits (b, c), see :meth:`task_loss`."""
         smoothing = self.objective.label_smoothing
         if labels.multi_label:
             targets = targets.to(logits.dtype) * (1.0 - smoothing) + 0.5 * smoothing
@@ -388,7 +406,7 @@ class Method(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def stored(self) -> dict[str, Tensor]:
-        """Return every tensor that must be kept to answer again, by name."""
+        """Return every tensor that must be kept to answer again and to go on, by name."""
         return {name: tensor for name, tensor in self.state_dict().items() if tensor.numel() > 0}
 
     def _step_classes(

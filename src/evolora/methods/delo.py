@@ -23,7 +23,7 @@ in both directions, exact task keys per sample, masked means, CLIP as two stream
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,28 +37,18 @@ from evolora.experts.bank import Factors
 from evolora.experts.factor_pool import FactorConfig, FactorPool
 from evolora.experts.mixing import add_pairs
 from evolora.experts.sites import ExpertLayer, Site
-from evolora.methods.base import HeadMode, Method, Routing
+from evolora.methods.base import HeadMode, Method
+from evolora.methods.selectors import SelectorConfig, use_selector
 from evolora.randomness import generator
 from evolora.registry import METHODS
 from evolora.routing.route import Route
-from evolora.routing.selector import OracleSelector
-from evolora.routing.task_keys import TaskKeySelector, TaskKeySelectorConfig
+from evolora.routing.selector import OracleSelectorConfig
+from evolora.routing.task_keys import TaskKeySelectorConfig
 from evolora.streams.task import LabelSpace
 
 Cmgr = Literal["symmetric", "text_only", "off"]
 SEES = {"vision": ("image",), "text": ("text",), "multimodal": ("image", "text")}
 """Tower -> modalities whose experts stand in it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OracleKeysConfig:
-    """The true task is told (upper bound; the released code's evaluation).
-
-    Args:
-        type: "oracle".
-    """
-
-    type: Literal["oracle"] = "oracle"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +75,7 @@ class DeLoConfig:
         logit_scope: classes of a training loss: the "current" task's or all "seen" ones.
         target_modules: Linears that get experts.
         layers_to_transform: block indices (negative counts from the top); None takes all.
-        selector: "task-keys", or "oracle".
+        selector: who tells the task: "task-keys" (presets), "oracle", or any other selector.
     """
 
     type: Literal["delo"] = "delo"
@@ -105,7 +95,7 @@ class DeLoConfig:
     logit_scope: Literal["current", "seen"] | None = None
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     layers_to_transform: tuple[int, ...] | None = None
-    selector: TaskKeySelectorConfig | OracleKeysConfig | None = field(default=None)
+    selector: SelectorConfig | None = None
 
     def __post_init__(self) -> None:
         for name, value in PRESETS[self.preset].items():
@@ -160,7 +150,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "align": 0.0,
         "consistency": 0.0,
         "logit_scope": "seen",
-        "selector": OracleKeysConfig(),
+        "selector": OracleSelectorConfig(),
     },
 }
 
@@ -295,13 +285,8 @@ class DeLo(Method):
                 self.insert(site, DeLoLayer(site, config, self.queries, width, backbone.device))
             if isinstance(backbone, Vilt):
                 backbone.watch_blocks(backbone.towers[0], self.queries.see)
-        chosen = config.selector
-        self.routing: Routing = "oracle"
-        self.selector = OracleSelector()
-        if isinstance(chosen, TaskKeySelectorConfig):
-            self.routing = "task-free"
-            modalities = len(backbone.modalities)
-            self.selector = TaskKeySelector(chosen, modalities, described, device=backbone.device)
+        assert config.selector is not None
+        use_selector(self, config.selector)
 
     def allocate(self, task: int) -> None:
         """Give every site a pool per modality for the task; older ones are frozen."""

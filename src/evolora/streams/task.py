@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from evolora.errors import StreamError
@@ -146,6 +148,28 @@ class Stream:
             label_protocol=self.label_protocol,
             source=self.source,
         )
+
+
+class Joined:
+    """Data sets one after another, as one."""
+
+    def __init__(self, parts: Sequence[Examples]) -> None:
+        self.parts = tuple(parts)
+        self.starts = [0, *accumulate(len(part) for part in self.parts)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        part, row = self.place(index)
+        return part[row]
+
+    def place(self, index: int) -> tuple[Examples, int]:
+        """Return the data set that a row is of, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"no row {index}: there are {len(self)}")
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part], index - self.starts[part]
 
 
 @dataclass(frozen=True)

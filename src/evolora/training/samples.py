@@ -12,7 +12,7 @@ from torch import Tensor
 from evolora.backbones.base import Backbone, Batch, LazyInputs
 from evolora.backbones.batch import label_tensor
 from evolora.backbones.memory import Known, Memory
-from evolora.streams.task import Example, Examples, Subset
+from evolora.streams.task import Example, Examples, Joined, Subset
 
 DIGEST_BYTES = 16
 
@@ -165,6 +165,8 @@ def _digest(prepared: Mapping[str, Tensor]) -> bytes:
 
 def _origin(data: Examples, row: int) -> tuple[Examples, int]:
     """Return the data set a row really comes from: subsets are made anew for every use."""
+    if isinstance(data, Joined):
+        return _origin(*data.place(row))
     if isinstance(data, Subset):
         return _origin(data.data, data.indices[row])
     return data, row

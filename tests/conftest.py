@@ -84,6 +84,22 @@ def toy_model(kind: str = "clip", seed: int = 0) -> Any:
     return model.eval()
 
 
+def toy_vilt(seed: int = 0, layers: int = 3) -> Any:
+    """Return a random ``ViltModel`` of about 30k parameters that depends on all of its input."""
+    from transformers import ViltConfig, ViltModel
+
+    torch.manual_seed(seed)
+    model = ViltModel(ViltConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=layers,
+        vocab_size=20, max_position_embeddings=12, image_size=16, patch_size=8, pad_token_id=0,
+    ))  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
 @pytest.fixture
 def make_backbone() -> Callable[..., DualEncoder]:
     """Return a maker of toy backbones; every call gives the same weights for the same seed."""

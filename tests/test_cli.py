@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +63,10 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
             "full-finetuning",
             "sequential-lora",
         },
-        "streams": {"mosaic/domains", "mtil", "class-incremental", "folder", "csv"},
+        "streams": {
+            *("mosaic/domains", "mosaic/missing", "mtil", "class-incremental", "folder", "csv"),
+            *("image-text", "upmc-food101-cmml", "mm-imdb-cmml"),
+        },
         "backbones": {"dual-encoder", "clip-tiny"},
     }[kind]
     assert expected <= names
@@ -96,6 +100,38 @@ def test_metrics_of_a_csv_and_an_npy(tmp_path: Path) -> None:
         assert values["avg"] == pytest.approx((0.4 + 0.65) / 2)
         assert values["last"] == pytest.approx(0.60)
         assert values["bwt"] == pytest.approx(-0.2)
+        assert values["cmml_fg"] == pytest.approx(0.2) and values["cmml_last"] == 0.9
+
+
+def test_data_missing_writes_a_manifest_that_a_stream_takes(tmp_path: Path) -> None:
+    from evolora.config import load_stream
+
+    rows = [f"words {row},{'ab'[row % 2]},{'train' if row < 13 else 'test'}" for row in range(23)]
+    for row in range(23):
+        Image.new("RGB", (2, 2), (row, 0, 0)).save(tmp_path / f"{row}.png")
+    lines = [f"{row}.png,{text}" for row, text in enumerate(rows)]
+    (tmp_path / "own.csv").write_text("image,text,label,split\n" + "\n".join(lines))
+    words = ("data", "missing", "own.csv", "--out", "m.json", "--set", "val_fraction=0")
+    more = ("--per-split", "test.kind=text", "--per-split", "test.rate=0.5")
+    found = json.loads(evolora(*words, *more, "--json", cwd=tmp_path).stdout)
+    train, test = (found["counts"]["own"][split] for split in ("train", "test"))
+    assert train == {"samples": 13, "complete": 4, "text_missing": 5, "image_missing": 4}
+    assert test == {"samples": 10, "complete": 5, "text_missing": 5, "image_missing": 0}
+    stream = load_stream(
+        "image-text",
+        path=str(tmp_path / "own.csv"),
+        val_fraction=0,
+        missing=str(tmp_path / "m.json"),
+    )
+    assert stream.tasks[0].train.codes.count(2) == 4
+
+    before = (tmp_path / "m.json").read_text()
+    refused = evolora(*words, cwd=tmp_path)
+    assert refused.returncode == 2 and "m.json is there already" in refused.stderr
+    assert (tmp_path / "m.json").read_text() == before
+    done = evolora(*words, "--overwrite", "--rate", "0", cwd=tmp_path)
+    assert done.returncode == 0 and "image missing" in done.stdout and "m.json" in done.stdout
+    assert json.loads((tmp_path / "m.json").read_text())["counts"]["own"]["train"]["complete"] == 13
 
 
 @pytest.mark.parametrize(
@@ -108,6 +144,11 @@ def test_metrics_of_a_csv_and_an_npy(tmp_path: Path) -> None:
         (("metrics", "nowhere.csv"), "nowhere.csv"),
         (("demo", "--methods", "moe-adapter"), "did you mean 'moe-adapters'"),
         (("data", "build", "mosaic/domain"), "did you mean 'mosaic/domains'"),
+        (("data", "missing", "x.csv", "--out", "m.json"), "no such file: x.csv"),
+        (("data", "missing", "mtl", "--out", "m.json"), "did you mean 'mtil'"),
+        (("data", "missing", "mtil", "--out", "m.json", "--rate", "7"), "got 7.0"),
+        (("data", "missing", "mosaic/domains", "--out", "m.json"), "has only image"),
+        (("data", "build", "mosaic/mising"), "did you mean 'mosaic/missing'"),
     ],
 )
 def test_a_users_fault_is_one_line_and_exit_code_2(

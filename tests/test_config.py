@@ -72,7 +72,7 @@ def test_every_fault_is_reported_at_once_with_its_path() -> None:
     ("value", "expected"),
     [
         ({"method": "moe-adapter"}, "unknown method 'moe-adapter'; did you mean 'moe-adapters'?"),
-        ({"method": None}, "method.type: missing (known: full-finetuning"),
+        ({"method": None}, "method.type: missing (known: coda-prompt"),
         ({"method": {"r": 4}}, "method.type: missing"),
         ({"method": {"type": ["a"]}}, "method.type: unknown method ['a']"),
         ({"stream": None}, "stream.name: missing (known: "),
@@ -117,7 +117,7 @@ def test_two_faults_of_one_section_are_both_named() -> None:
         (
             {"type": "auto-encodr"},
             "method.selector.type: unknown type 'auto-encodr'; did you mean 'auto-encoder'? "
-            "(known: auto-encoder, none, oracle)",
+            "(known: auto-encoder, none, oracle, task-keys)",
         ),
         ({"quantile": 2}, "method.selector: quantile must be in (0, 1]; got 2.0"),
         (
@@ -130,7 +130,8 @@ def test_two_faults_of_one_section_are_both_named() -> None:
         ),
         (
             [],
-            "method.selector: expected a mapping with a type (auto-encoder, none, oracle); got []",
+            "method.selector: expected a mapping with a type "
+            "(auto-encoder, none, oracle, task-keys); got []",
         ),
         (3, "method.selector: expected a mapping with a type"),
     ],
@@ -329,3 +330,19 @@ def test_load_stream_refuses_unknown_names_and_options() -> None:
 def test_a_method_must_be_an_instance_of_a_configuration(method: Any, backbone: Any) -> None:
     with pytest.raises(ConfigError, match="method must be a configuration such as"):
         build_method(method, backbone)
+
+
+def test_the_type_of_a_backbone_is_part_of_what_decides_a_result() -> None:
+    plain = parse_config({**GOOD, "backbone": "clip-tiny"})
+    same = {"name_or_path": "clip-tiny", "type": "auto", "text_length": None}
+    assert parse_config({**GOOD, "backbone": same}) == plain
+    fused = parse_config({**GOOD, "backbone": {"type": "clip-fusion"}})
+    assert fused.backbone.name_or_path == "clip-tiny" and fused.hash() != plain.hash()
+    longer = parse_config({**GOOD, "backbone": {"text_length": 50}})
+    assert len({plain.hash(), fused.hash(), longer.hash()}) == 3
+
+
+def test_an_unknown_type_of_backbone_is_refused() -> None:
+    text = faults({**GOOD, "backbone": {"type": "clip-fusoin"}, "seed": "zero"})
+    assert "unknown backbone type 'clip-fusoin'; did you mean 'clip-fusion'" in text
+    assert "backbone" in text and "seed" in text

@@ -23,12 +23,13 @@ from tests.training.worker import TOY
 import evolora
 from evolora.backbones.clip import DualEncoder
 from evolora.errors import ConfigError, DataError, EvoloraError, StorageError
-from evolora.learner import Answer, Learner, split_held_out
+from evolora.learner import Answer, Learner
 from evolora.routing.autoencoders import AutoEncoderTraining
 from evolora.routing.selector import AutoEncoderSelectorConfig
 from evolora.streams.task import LabelSpace, Subset, Task
 from evolora.training.config import TrainingConfig
 from evolora.training.continual import seen_labels
+from evolora.training.held_out import split_held_out
 
 ROOT = Path(__file__).parents[1]
 FAST = TrainingConfig(max_steps=12, warmup_steps=2, per_device_train_batch_size=8,
@@ -296,7 +297,7 @@ def test_the_seen_label_space_offsets_labels(monkeypatch: pytest.MonkeyPatch) ->
     class Answered:
         """Says class 4 ("11") for every image."""
 
-        labels = torch.full((12,), 4)
+        scores = torch.eye(6)[torch.full((12,), 4)]
         tasks = torch.full((12,), -1)
 
     learner = make(evolora.ZeroShot())

@@ -1,4 +1,4 @@
-"""Rebuilds the embedded `mosaic/domains` files, or the large ones, or the pretraining corpus.
+"""Rebuilds the embedded `mosaic` files, or the large ones, or the pretraining corpus.
 
 python tools/build_mosaic.py compact src/evolora/assets/mosaic
 python tools/build_mosaic.py large ~/data/mosaic
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evolora.streams.mosaic.build_domains import build
+from evolora.streams.mosaic import build_domains, build_missing
 from evolora.streams.mosaic.corpus import build_pretraining_corpus
 
 
@@ -20,12 +20,15 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("compact", "large", "corpus"))
     parser.add_argument("out", type=Path)
+    parser.add_argument("--stream", choices=("domains", "missing"), help="this one only")
     parser.add_argument("--cache", type=Path, help="folder of the registry packages")
     args = parser.parse_args()
     if args.what == "corpus":
         build_pretraining_corpus(args.out, args.cache, print)
-    else:
-        build(args.out, args.what, args.cache, print)
+        return
+    builders = {"domains": build_domains.build, "missing": build_missing.build}
+    for name in [args.stream] if args.stream else builders:
+        builders[name](args.out, args.what, args.cache, print)
 
 
 if __name__ == "__main__":

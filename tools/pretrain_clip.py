@@ -33,10 +33,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from clip_pretraining.export import stage_export
 from clip_pretraining.image import stage_image
+from clip_pretraining.loop import add_loop_options, start_processes
 from clip_pretraining.prompts import stage_prompts
 from clip_pretraining.text import stage_text
 from evolora.errors import EvoloraError
@@ -73,21 +72,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-width", type=int, default=192)
     parser.add_argument("--text-layers", type=int, default=3)
     parser.add_argument("--projection", type=int, default=192)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.1)
-    parser.add_argument("--warmup", type=int, default=100, help="steps")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=10.0)
-    length.add_argument("--steps", type=int, help="train so many steps, however long they take")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=1, help="processes that share the work")
-    parser.add_argument("--rank", type=int, default=0, help="this process's number")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--log-every", type=int, default=50, help="steps")
-    parser.add_argument("--save-every", type=float, default=60.0, help="seconds")
-    parser.add_argument("--eval-every", type=float, default=300.0, help="seconds")
-    parser.add_argument("--seed", type=int, default=0)
+    add_loop_options(parser)
     args = parser.parse_args(words)
     for option in NEEDED.get(args.stage, ()):
         if getattr(args, option) is None:
@@ -98,10 +83,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     args = parse(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(args.threads)
-    if args.ranks > 1:
-        store = f"file://{args.work.resolve()}/rendezvous-{args.name}"
-        torch.distributed.init_process_group("gloo", store, rank=args.rank, world_size=args.ranks)
+    start_processes(args)
     STAGES[args.stage](args)
 
 

@@ -10,24 +10,38 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evolora.answering import Answer
     from evolora.learner import Evaluation, Learner
+    from evolora.methods.coda_prompt import CodaPromptConfig as CodaPrompt
+    from evolora.methods.delo import DeLoConfig as DeLo
+    from evolora.methods.er import ERConfig as ER
+    from evolora.methods.ewc import EWCConfig as EWC
     from evolora.methods.full_finetuning import FullFinetuningConfig as FullFinetuning
+    from evolora.methods.l2p import L2PConfig as L2P
     from evolora.methods.linear_probe import LinearProbeConfig as LinearProbe
     from evolora.methods.lora import JointLoRAConfig as JointLoRA
     from evolora.methods.lora import LoRAPerTaskConfig as LoRAPerTask
     from evolora.methods.lora import SequentialLoRAConfig as SequentialLoRA
+    from evolora.methods.map import MapConfig as Map
     from evolora.methods.moe_adapters import MoEAdaptersConfig as MoEAdapters
+    from evolora.methods.rebq import RebQConfig as RebQ
     from evolora.methods.zero_shot import ZeroShotConfig as ZeroShot
     from evolora.training.config import TrainingConfig
 
 _PUBLIC = {
     "Answer": ("evolora.answering", "Answer"),
     "Evaluation": ("evolora.learner", "Evaluation"),
+    "CodaPrompt": ("evolora.methods.coda_prompt", "CodaPromptConfig"),
+    "DeLo": ("evolora.methods.delo", "DeLoConfig"),
+    "ER": ("evolora.methods.er", "ERConfig"),
+    "EWC": ("evolora.methods.ewc", "EWCConfig"),
     "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
     "JointLoRA": ("evolora.methods.lora", "JointLoRAConfig"),
+    "L2P": ("evolora.methods.l2p", "L2PConfig"),
     "Learner": ("evolora.learner", "Learner"),
     "LinearProbe": ("evolora.methods.linear_probe", "LinearProbeConfig"),
     "LoRAPerTask": ("evolora.methods.lora", "LoRAPerTaskConfig"),
+    "Map": ("evolora.methods.map", "MapConfig"),
     "MoEAdapters": ("evolora.methods.moe_adapters", "MoEAdaptersConfig"),
+    "RebQ": ("evolora.methods.rebq", "RebQConfig"),
     "SequentialLoRA": ("evolora.methods.lora", "SequentialLoRAConfig"),
     "TrainingConfig": ("evolora.training.config", "TrainingConfig"),
     "ZeroShot": ("evolora.methods.zero_shot", "ZeroShotConfig"),
@@ -35,14 +49,21 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ER",
+    "EWC",
+    "L2P",
     "Answer",
+    "CodaPrompt",
+    "DeLo",
     "Evaluation",
     "FullFinetuning",
     "JointLoRA",
     "Learner",
     "LinearProbe",
     "LoRAPerTask",
+    "Map",
     "MoEAdapters",
+    "RebQ",
     "SequentialLoRA",
     "TrainingConfig",
     "ZeroShot",

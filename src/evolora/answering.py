@@ -1,8 +1,8 @@
-"""Answering: from images to labels, each image on its own, with the name of who answered."""
+"""Answering: from images and texts to labels, each input on its own, and who answered."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evolora.backbones.base import Batch
 from evolora.errors import ConfigError, DataError, unknown_name
+from evolora.evaluation.scores import THRESHOLD
 from evolora.methods.base import Method
 from evolora.routing.route import BASE
 from evolora.routing.selector import AlwaysSelector
@@ -25,42 +26,68 @@ class Answer:
     """What the learner says about one input.
 
     Args:
-        label: class name.
-        score: its probability among the classes considered, in [0, 1].
+        label: class name; with several labels per input, all that are more probable than not,
+            joined by ", " (maybe none).
+        score: its probability among the classes considered, in [0, 1]; of the best of several.
         task: name of the task whose experts answered, "base", or "shared" experts.
         top: (class name, probability) of the five best, best first.
+        used: the modalities that were looked at.
     """
 
     label: str
     score: float
     task: str
     top: tuple[tuple[str, float], ...] = ()
+    used: tuple[str, ...] = ("image",)
 
 
-def answer_images(
+def answer_inputs(
     method: Method,
     images: Any,
+    texts: Any,
     *,
     classes: Sequence[str] | None,
     task: str | None,
     batch_size: int,
 ) -> list[Answer]:
-    """Answer images with a method as it stands; see ``Learner.predict`` for the arguments."""
-    sources = list(images) if isinstance(images, list | tuple) else [images]
-    if not sources:
-        raise DataError("no images were given; pass at least one file, image or array")
+    """Answer inputs with a method as it stands; see ``Learner.predict`` for the arguments."""
+    sources = _paired(images, texts)
     chosen = None if task is None else _learned_index(method, task)
     _check_classes(classes)
     method.eval()
     answers: list[Answer] = []
     for start in range(0, len(sources), batch_size):  # decoded part by part: photographs are large
         part = range(start, min(start + batch_size, len(sources)))
-        batch = method.backbone.collate([_example(sources, index) for index in part])
+        examples = [_example(method, sources, index) for index in part]
+        batch = method.backbone.collate(examples)
         if chosen is None:
-            answers.extend(_answers(method, batch, classes))
+            found = _answers(method, batch, classes)
         else:
-            answers.extend(_told_answers(method, batch, classes, chosen))
+            found = _told_answers(method, batch, classes, chosen)
+        seen = method.backbone.modalities
+        for answer, example in zip(found, examples, strict=True):
+            used = tuple(modality for modality in seen if modality in example.inputs)
+            answers.append(replace(answer, used=used))
     return answers
+
+
+def _paired(images: Any, texts: Any) -> list[dict[str, Any]]:
+    """Return the inputs, modality -> value; None in a list is what an input lacks."""
+    sides = {
+        name: list(given) if isinstance(given, list | tuple) else [given]
+        for name, given in (("image", images), ("text", texts))
+        if given is not None
+    }
+    lengths = {name: len(side) for name, side in sides.items()}
+    if not any(lengths.values()):
+        raise DataError("no images were given; pass at least one file, image, array or text")
+    if len(set(lengths.values())) > 1:
+        raise DataError(
+            f"{lengths['image']} images and {lengths['text']} texts were given; pass as many of "
+            "each, with None where an input has no image or no text"
+        )
+    rows = [dict(zip(sides, values, strict=True)) for values in zip(*sides.values(), strict=True)]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def answerer(method: Method, task: int) -> str:
@@ -125,18 +152,30 @@ def answer_space(method: Method, task: int, classes: Sequence[str] | None) -> La
     if separate:
         return known[task]
     names = dict.fromkeys(name for labels in known for name in labels.classes)
-    return LabelSpace(classes=tuple(names))
+    return LabelSpace(classes=tuple(names), multi_label=any(one.multi_label for one in known))
 
 
-def _example(sources: Sequence[Any], index: int) -> Example:
+def _example(method: Method, sources: Sequence[Mapping[str, Any]], index: int) -> Example:
     """Return one input as an example; among several, an error says which one it was."""
     try:
-        image = read_image(sources[index])
+        inputs = dict(sources[index])
+        unseen = sorted(set(inputs) - set(method.backbone.modalities))
+        if unseen:
+            raise DataError(
+                f"this model sees no {unseen[0]}, only {', '.join(method.backbone.modalities)}"
+            )
+        if not inputs:
+            raise DataError("neither an image nor a text was given; pass at least one of them")
+        if "image" in inputs:
+            inputs["image"] = read_image(inputs["image"])
+        if "text" in inputs and not isinstance(inputs["text"], str):
+            raise DataError(f"a text must be a string; got {type(inputs['text']).__name__}")
     except DataError as error:
         if len(sources) == 1:
             raise
-        raise DataError(f"image {index + 1} of {len(sources)}: {error}") from error
-    return Example(inputs={"image": image}, label=0, key=str(index))
+        kind = "image" if len(method.backbone.modalities) == 1 else "input"
+        raise DataError(f"{kind} {index + 1} of {len(sources)}: {error}") from error
+    return Example(inputs=inputs, label=0, key=str(index))
 
 
 def _check_classes(classes: Sequence[str] | None) -> None:
@@ -156,4 +195,8 @@ def _answer(scores: Tensor, space: LabelSpace, task: str) -> Answer:
         (space.classes[index], float(value))
         for index, value in zip(indices.tolist(), values, strict=True)
     )
-    return Answer(label=top[0][0], score=top[0][1], task=task, top=top)
+    label = top[0][0]
+    if space.multi_label:
+        given = zip(space.classes, scores.tolist(), strict=True)
+        label = ", ".join(name for name, chance in given if chance > THRESHOLD)
+    return Answer(label=label, score=top[0][1], task=task, top=top)

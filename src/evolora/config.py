@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolora.errors import ConfigError, suggest, unknown_name
-from evolora.registry import METHODS, STREAMS
+from evolora.registry import BACKBONES, METHODS, STREAMS
 
 if TYPE_CHECKING:
     from evolora.backbones.base import Backbone
@@ -30,10 +30,19 @@ class BackboneConfig:
     Args:
         name_or_path: hub name, local folder, or embedded name ("clip-tiny").
         revision: hub revision.
+        type: a name of ``evolora ls backbones`` ("clip-fusion"), or "auto": by the model.
+        text_length: longest text in tokens; None is the model's own (ViLT only: beyond it, its
+            table of positions is interpolated).
     """
 
     name_or_path: str = "clip-tiny"
     revision: str | None = None
+    type: str = "auto"
+    text_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.type != "auto" and self.type not in BACKBONES:
+            raise unknown_name("backbone type", self.type, ("auto", *BACKBONES.names()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,9 @@ class RunConfig:
         if self.training.cached_dtype == "float16":  # rounding is all a cache can change
             value["training"]["cached_dtype"] = "float16"
         value.pop("name")
+        for name in ("type", "text_length"):  # as before there was a choice
+            if value["backbone"][name] == getattr(BackboneConfig, name):
+                value["backbone"].pop(name)
         text = json.dumps(value, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

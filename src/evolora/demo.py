@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,7 +170,7 @@ def _one(config: Mapping[str, Any], folder: Path) -> None:
     settings = parse_config(config)
     if _finished(folder, settings):
         return
-    stream, samples = _shared(json.dumps(settings.stream), settings.backbone.name_or_path)
+    stream, samples = _shared(json.dumps(settings.stream), json.dumps(asdict(settings.backbone)))
     run = ContinualRun(settings, folder, stream=stream, backbone=samples.backbone, samples=samples)
     try:
         run.run(resume=(folder / "config.json").exists())
@@ -181,13 +181,13 @@ def _one(config: Mapping[str, Any], folder: Path) -> None:
 @cache
 def _shared(stream: str, backbone: str) -> tuple[Stream, Samples]:
     """Return what the runs of a process have in common: the tasks, and the base's view of them."""
-    from evolora.backbones.loading import load_dual_encoder
+    from evolora.backbones.loading import load_backbone
     from evolora.config import load_stream
     from evolora.training.config import TrainingConfig
     from evolora.training.prefix_cache import build_memory
     from evolora.training.samples import Samples
 
-    model = load_dual_encoder(backbone)
+    model = load_backbone(**json.loads(backbone))
     memory = build_memory(TrainingConfig(), model.device)
     return load_stream(**json.loads(stream)), Samples(model, memory)
 

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from evolora.answering import Answer, answer_images, answerer
+from evolora.answering import Answer, answer_inputs, answerer
 from evolora.backbones.base import Backbone, Batch
-from evolora.errors import ConfigError
+from evolora.errors import ConfigError, unknown_name
 from evolora.evaluation.cost import Cost, measure_cost
+from evolora.evaluation.tally import tally_for
 from evolora.methods.base import Method, Objective
 from evolora.registry import METHODS
 from evolora.routing.route import BASE
 from evolora.storage.state import export_state, load_state
 from evolora.streams.sampling import image_folder
 from evolora.streams.task import Examples, LabelSpace, Subset, Task
-from evolora.training.batches import Share, TrainingBatches, evaluation_batches
+from evolora.training.batches import Share, TrainingBatches, evaluation_batches, in_turn
 from evolora.training.config import TrainingConfig
+from evolora.training.held_out import split_held_out, spread
 from evolora.training.loop import TaskRun, train_task
 from evolora.training.prefix_cache import build_memory, check_training
 from evolora.training.progress import Reporter
+from evolora.training.replay import Archive, Replayed
 from evolora.training.samples import Samples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-HELD_OUT_SHARE = 0.1
-"""Share of a task's training samples kept for calibration when it brings no validation split."""
-SELECTOR_SAMPLES = 4096
-"""At most so many training samples teach a selector; more do not change its statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +41,16 @@ class Evaluation:
     """How one task's test set was answered.
 
     Args:
-        score: accuracy in [0, 1].
+        score: the task's metric, in [0, 1].
         samples: number of test samples.
         routes: who answered ("base", a task's name, "shared") -> number of samples.
+        by_case: the score over complete samples and over those that lack a modality.
     """
 
     score: float
     samples: int
     routes: Mapping[str, int]
+    by_case: Mapping[str, float]
 
 
 @dataclass(kw_only=True)
@@ -69,7 +70,7 @@ class Learner:
     """Teaches a frozen model task after task.
 
     Args:
-        model: a ``transformers`` model (``CLIPModel``, ``SiglipModel``) or a :class:`Backbone`.
+        model: a ``transformers`` model (CLIP, SigLIP, ViLT) or a :class:`Backbone`.
         processor: the model's processor; not needed with a Backbone.
         method: an instance of a method's configuration, e.g. ``evolora.MoEAdapters(r=16)``.
         training: how each task is trained.
@@ -99,7 +100,7 @@ class Learner:
         evaluation_cache: bool = True,
         samples: Samples | None = None,
     ) -> None:
-        from evolora.backbones.clip import DualEncoder
+        from evolora.backbones.loading import wrap_model
         from evolora.config import build_method
         from evolora.training.runtime import build_accelerator, share_of
 
@@ -110,7 +111,7 @@ class Learner:
         self.share: Share = share_of(self.accelerator)
         if not isinstance(model, Backbone):
             name = getattr(getattr(model, "config", None), "_name_or_path", "")
-            model = DualEncoder(model, processor, name=name)
+            model = wrap_model(model, processor, name=name)
         self.backbone = model.to(self.accelerator.device)
         self.method: Method = build_method(method, self.backbone, seed=seed)
         self.method.to(self.accelerator.device)
@@ -126,6 +127,7 @@ class Learner:
         self.evaluation_cache = evaluation_cache
         self.reporter = reporter or Reporter()
         self.costs: list[Cost] = []
+        self.archive = Archive(self.method)
 
     # -- learning --------------------------------------------------------------------------------
 
@@ -141,6 +143,17 @@ class Learner:
                 f"task {task.name!r} is already learned (learned: {', '.join(self.task_names)})"
             )
         self.method.begin_task(task.name, task.labels)
+        self.recall([task])
+
+    def recall(self, tasks: Iterable[Task]) -> None:
+        """Put the data of learned tasks at hand again, for methods that replay it.
+
+        A learner that learned them itself, or goes on with a run, has them at hand.
+        """
+        for task in tasks:
+            if task.name not in self.task_names:
+                raise unknown_name("learned task", task.name, self.task_names)
+            self.archive.keep(task)
 
     def learn(
         self,
@@ -161,8 +174,10 @@ class Learner:
                 self.begin(task)
             index = len(self.task_names) - 1
             train, held_out = split_held_out(task)
-            run = self._task_run(task.name, [(index, train)], self.training.max_steps)
+            replayed = self.archive.replayed(self._keys)
+            run = self._task_run(task.name, [(index, train)], self.training.max_steps, replayed)
             loss = self._train(run, progress, save)
+            self.method.review(index, len(train), partial(self._of_task, index, train))
             self._finish(index, train, held_out)
             self._settle()
         return loss
@@ -212,7 +227,13 @@ class Learner:
             self.method.eval()
             raise
 
-    def _task_run(self, title: str, parts: Sequence[tuple[int, Examples]], steps: int) -> TaskRun:
+    def _task_run(
+        self,
+        title: str,
+        parts: Sequence[tuple[int, Examples]],
+        steps: int,
+        replayed: Replayed | None = None,
+    ) -> TaskRun:
         feeds = [
             TrainingBatches(
                 data,
@@ -222,13 +243,14 @@ class Learner:
                 task=index,
                 share=self.share,
                 samples=self.samples if self.training.prefix_cache != "off" else None,
+                replayed=replayed,
             )
             for index, data in parts
         ]
         rate = self.training.learning_rates.get(title, self.training.learning_rate)
 
         def batches(step: int) -> Any:
-            return feeds[0].from_step(step) if len(feeds) == 1 else _in_turn(feeds, step)
+            return feeds[0].from_step(step) if len(feeds) == 1 else in_turn(feeds, step)
 
         return TaskRun(
             method=self.method,
@@ -286,11 +308,11 @@ class Learner:
         folder = selector.wants_reference
         if folder is not None:
             selector.learn_reference(
-                self.features(_spread(image_folder(folder)), feature), self.seed
+                self.features(spread(image_folder(folder)), feature), self.seed
             )
         selector.learn(
             index,
-            self.features(_spread(train), feature),
+            self.features(spread(train), feature),
             self.features(held_out, feature),
             self.seed,
         )
@@ -321,25 +343,43 @@ class Learner:
         self.method.eval()
         space = labels or task.labels
         oracle = self.task_names.index(task.name) if task.name in self.task_names else None
-        counts = torch.zeros(len(self.task_names) + 2, dtype=torch.long)  # correct, base, tasks...
+        tally = tally_for(task.metric, len(task.labels.classes))
+        answered = torch.zeros(len(self.task_names) + 1, dtype=torch.long)  # base, tasks...
         rows = self._own_range(len(task.test))
         with self.reporter.bar(f"test {task.name}", len(rows)) as bar:
             for batch in self._batches(task.test, rows):
                 predicted = self.method.predict(batch, space, oracle=oracle)
-                counts[0] += int((predicted.labels == batch.labels + offset).sum())
-                answered = predicted.tasks.cpu() + 1
-                counts[1:] += torch.bincount(answered, minlength=len(self.task_names) + 1)
+                tally.add(predicted.scores, batch, offset)
+                answered += torch.bincount(predicted.tasks.cpu() + 1, minlength=len(answered))
                 bar.advance(len(batch))
-        reduced: Tensor = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
-        correct, base, *tasks = reduced.tolist()
+        tally.counts = self._summed(tally.counts)
+        base, *tasks = self._summed(answered).tolist()
         counted = [(BASE, base), *enumerate(tasks)]
-        routes = {answerer(self.method, task): count for task, count in counted if count}
-        return Evaluation(score=correct / len(task.test), samples=len(task.test), routes=routes)
+        return Evaluation(
+            score=tally.score(),
+            samples=len(task.test),
+            routes={answerer(self.method, task): count for task, count in counted if count},
+            by_case=tally.by_case(),
+        )
+
+    def _summed(self, counts: Tensor) -> Tensor:
+        """Return whole numbers summed over processes."""
+        total: Tensor = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
+        return total.cpu()
 
     def _batches(self, data: Examples, rows: range) -> Iterator[Batch]:
         """Yield rows of a data set without augmentation."""
         samples = self.samples if self.evaluation_cache else None
         return evaluation_batches(data, self.backbone, self.evaluation_batch_size, rows, samples)
+
+    def _of_task(self, task: int, data: Examples, rows: Sequence[int]) -> Iterator[Batch]:
+        """Yield some rows of a task's data set, as batches of the task."""
+        for batch in self._batches(Subset(data, rows), range(len(rows))):
+            yield replace(batch, task=task)
+
+    def _keys(self, data: Examples) -> list[str]:
+        """Return the keys of a data set's samples."""
+        return [key for batch in self._batches(data, range(len(data))) for key in batch.keys]
 
     def _own_range(self, rows: int) -> range:
         """Return this process's contiguous part of a test set."""
@@ -349,12 +389,19 @@ class Learner:
     # -- answering -------------------------------------------------------------------------------
 
     def predict(
-        self, images: Any, *, classes: Sequence[str] | None = None, task: str | None = None
+        self,
+        images: Any = None,
+        texts: Any = None,
+        *,
+        classes: Sequence[str] | None = None,
+        task: str | None = None,
     ) -> list[Answer]:
-        """Answer each image on its own, without being told its task (unless ``task`` tells it).
+        """Answer each input on its own, without being told its task (unless ``task`` tells it).
 
         Args:
             images: one image or a list: file names, bytes, PIL images or uint8 arrays.
+            texts: one text or a list, for backbones that see texts. Either side may be left out;
+                in a list, None is what an input lacks.
             classes: class names to choose from, with the templates of the task that answers. None
                 lets the task that answers choose among its own classes; the base chooses among all
                 classes of all learned tasks.
@@ -362,12 +409,14 @@ class Learner:
                 Methods with ``routing == "oracle"`` know no task by themselves and need it.
 
         Raises:
-            DataError: nothing was given, or an image cannot be read (the message names it).
+            DataError: nothing was given, a text where the backbone sees none, or an image cannot be
+                read (the message names it).
             ConfigError: ``classes`` is no list of names, or ``task`` is not learned.
         """
-        return answer_images(
+        return answer_inputs(
             self.method,
             images,
+            texts,
             classes=classes,
             task=task,
             batch_size=self.evaluation_batch_size,
@@ -406,34 +455,3 @@ class Learner:
         from evolora.storage.artefact import load_artefact
 
         return load_artefact(Path(folder), model, processor, training=training)
-
-
-def split_held_out(task: Task) -> tuple[Examples, Examples]:
-    """Return (train, held out): the task's validation split, or a tenth of its training samples."""
-    if len(task.val):
-        return task.train, task.val
-    count = len(task.train)
-    held = set(range(0, count, round(1 / HELD_OUT_SHARE)))
-    if len(held) == count:
-        return task.train, task.train
-    kept = [row for row in range(count) if row not in held]
-    return Subset(task.train, kept), Subset(task.train, sorted(held))
-
-
-def _spread(data: Examples) -> Subset:
-    """Return at most SELECTOR_SAMPLES rows, spread evenly."""
-    count = min(len(data), SELECTOR_SAMPLES)
-    return Subset(data, [row * len(data) // count for row in range(count)])
-
-
-def _in_turn(feeds: Sequence[TrainingBatches], step: int) -> Any:
-    """Yield steps of several tasks in turn: overall step s is step s // t of task s % t."""
-    count = len(feeds)
-    micro = feeds[0].config.gradient_accumulation_steps
-    sources = [
-        feed.from_step((step + count - 1 - index) // count) for index, feed in enumerate(feeds)
-    ]
-    total = feeds[0].config.max_steps * count
-    for overall in range(step, total):
-        for _ in range(micro):
-            yield next(sources[overall % count])

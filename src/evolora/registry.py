@@ -95,16 +95,33 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.linear_probe",
         "evolora.methods.full_finetuning",
         "evolora.methods.lora",
+        "evolora.methods.ewc",
+        "evolora.methods.er",
+        "evolora.methods.coda_prompt",
+        "evolora.methods.delo",
+        "evolora.methods.l2p",
+        "evolora.methods.map",
         "evolora.methods.moe_adapters",
+        "evolora.methods.rebq",
     ),
 )
 STREAMS: Registry[Any] = Registry(
     kind="stream",
     modules=(
         "evolora.streams.mosaic.domains",
+        "evolora.streams.mosaic.missing",
         "evolora.streams.mtil",
         "evolora.streams.class_incremental",
         "evolora.streams.own_data",
+        "evolora.streams.image_text",
+        "evolora.streams.cmml",
     ),
 )
-BACKBONES: Registry[Any] = Registry(kind="backbone", modules=("evolora.backbones.clip",))
+BACKBONES: Registry[Any] = Registry(
+    kind="backbone",
+    modules=(
+        "evolora.backbones.clip",
+        "evolora.backbones.clip_fusion",
+        "evolora.backbones.vilt",
+    ),
+)

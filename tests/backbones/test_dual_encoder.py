@@ -18,9 +18,10 @@ from evolora.backbones.clip import DualEncoder
 from evolora.errors import ConfigError
 from evolora.learner import Learner
 from evolora.methods.lora import LoRAPerTaskConfig, SequentialLoRAConfig
-from evolora.methods.moe_adapters import MoEAdaptersConfig, MoELayer, OracleSelectorConfig
+from evolora.methods.moe_adapters import MoEAdaptersConfig, MoELayer
 from evolora.randomness import StepRandom
 from evolora.routing.route import BASE, Route
+from evolora.routing.selector import OracleSelectorConfig
 from evolora.storage.state import export_state, load_state
 from evolora.streams.task import LabelSpace
 from evolora.training.config import TrainingConfig
@@ -131,7 +132,7 @@ def test_routing_features_have_their_widths_and_come_from_the_base(make_backbone
     backbone = make_backbone(kind)
     batch = batch_of(backbone)
     before = backbone.encode_base(batch)
-    assert {n: v.shape[1] for n, v in before.features.items()} == backbone.feature_widths()
+    assert {n: v.shape[-1] for n, v in before.features.items()} == backbone.feature_widths()
     learner = Learner(
         backbone,
         method=SequentialLoRAConfig(r=2),

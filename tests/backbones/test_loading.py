@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from evolora.backbones import loading
-from evolora.backbones.loading import load_dual_encoder
-from evolora.errors import DataError
+from evolora.backbones.clip import DualEncoder
+from evolora.backbones.clip_fusion import ClipFusion
+from evolora.backbones.loading import load_backbone, load_dual_encoder
+from evolora.backbones.vilt import Vilt
+from evolora.errors import ConfigError, DataError
+from evolora.streams.task import Example
 
 
 @pytest.fixture
@@ -59,3 +64,74 @@ def test_a_proxy_may_reach_what_we_cannot(no_network: None, monkeypatch: Any) ->
     assert not loading._hub_answers()
     monkeypatch.setattr(loading, "getproxies", lambda: {"https": "http://proxy:3128"})
     assert loading._hub_answers()
+
+
+def saved_vilt(folder: Path, *, inside: bool = False) -> Path:
+    """Write a toy ViLT with its processor, or a masked language model that holds it."""
+    from tests.conftest import WordTokenizer, toy_vilt
+    from transformers import ViltForMaskedLM, ViltImageProcessorPil
+
+    model = toy_vilt()
+    if inside:
+        whole = ViltForMaskedLM(model.config)
+        whole.vilt.load_state_dict(model.state_dict())
+        model = whole
+    model.save_pretrained(folder)
+    tokenizer = WordTokenizer()
+    tokenizer.save_pretrained(folder)
+    ViltImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_vilt_folder_is_known_by_its_config(tmp_path: Path, inside: bool) -> None:
+    from tests.conftest import toy_vilt
+
+    folder = saved_vilt(tmp_path / "vilt", inside=inside)
+    backbone = load_backbone(str(folder))
+    assert isinstance(backbone, Vilt) and backbone.name == str(folder)
+    assert backbone.fingerprint() == Vilt(toy_vilt()).fingerprint()
+    example = Example(inputs={"text": "a red dot"}, label=0, key="x")
+    batch = backbone.collate([example])
+    assert torch.equal(batch.inputs["pixel_values"], torch.ones(1, 3, 16, 16))
+    assert backbone.encode_base(batch).embedding.shape == (1, 32)
+    assert load_backbone(str(folder), text_length=20).describe()["text_length"] == 20
+
+
+def test_clip_goes_by_the_type_asked_for() -> None:
+    assert type(load_backbone("clip-tiny")) is DualEncoder
+    assert type(load_backbone("clip-tiny", type="clip-fusion")) is ClipFusion
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "clip-fusoin"}, "unknown backbone 'clip-fusoin'; did you mean 'clip-fusion'"),
+        ({"type": "vilt"}, "expected a ViltModel, got CLIPModel"),
+        ({"text_length": 50}, "text_length: a backbone of type 'dual-encoder' has no such option"),
+    ],
+)
+def test_wrong_types_and_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_backbone("clip-tiny", **options)
+
+
+def test_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved_vilt(tmp_path / "vilt")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"weights lack pooler\.dense\.bias and 1 more"):
+        load_backbone(str(folder))
+
+
+def test_a_learner_wraps_a_plain_vilt() -> None:
+    from tests.conftest import ToyProcessor, toy_vilt
+
+    from evolora.learner import Learner
+    from evolora.methods.linear_probe import LinearProbeConfig
+
+    learner = Learner(toy_vilt(), ToyProcessor(), method=LinearProbeConfig())
+    assert isinstance(learner.backbone, Vilt)

@@ -17,9 +17,10 @@ from evolora.backbones.clip import DualEncoder
 from evolora.errors import ConfigError
 from evolora.methods.base import Method
 from evolora.methods.lora import SequentialLoRA, SequentialLoRAConfig
-from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig, OracleSelectorConfig
+from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
 from evolora.randomness import StepRandom
 from evolora.routing.route import BASE, Route
+from evolora.routing.selector import OracleSelectorConfig
 from evolora.streams.task import LabelSpace
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "siglip"])

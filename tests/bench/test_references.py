@@ -11,8 +11,9 @@ from evolora.bench.towers import linear_sites, mlp_sites
 from evolora.experts.bank import ExpertBank
 from evolora.experts.mixing import mix
 from evolora.methods.lora import LoRAPerTask, LoRAPerTaskConfig
-from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig, OracleSelectorConfig
+from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
 from evolora.routing.route import Route
+from evolora.routing.selector import OracleSelectorConfig
 
 
 def bank(experts: int, frozen: int = 0) -> ExpertBank:

@@ -17,10 +17,17 @@ from evolora.backbones.base import Batch
 from evolora.backbones.clip import DualEncoder
 from evolora.experts.bank import GrowingStack
 from evolora.learner import Learner
+from evolora.methods.coda_prompt import CodaPromptConfig
+from evolora.methods.delo import DeLoConfig
+from evolora.methods.er import ERConfig
+from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
+from evolora.methods.l2p import L2PConfig
 from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
+from evolora.methods.map import MapConfig
 from evolora.methods.moe_adapters import MoEAdaptersConfig
+from evolora.methods.rebq import RebQConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
 from evolora.routing.autoencoders import AutoEncoderTraining
@@ -38,6 +45,8 @@ class Case:
         sites: whether it has experts at sites (the others own whole weights or vectors).
         retains: it claims that a finished task's answers never change under its route.
         fresh: it claims that every task, not only the first, starts as the base model.
+        prompts: it puts prompts into sequences: it starts elsewhere than at the base, and rows of
+            the base are refused in its forwards.
         settings: training settings that differ from the toy ones.
         dead: parameter name endings whose gradient is zero by mathematics.
     """
@@ -46,6 +55,7 @@ class Case:
     sites: bool = True
     retains: bool = False
     fresh: bool = False
+    prompts: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     dead: tuple[str, ...] = ()
 
@@ -62,8 +72,22 @@ CASES = {
         settings={"learning_rate": 1e-3},
     ),
     "sequential-lora": Case(config=SequentialLoRAConfig(r=3, lora_dropout=0.1)),
+    "ewc": Case(config=EWCConfig(r=3, fisher_samples=5)),
+    "er": Case(config=ERConfig(r=3, capacity=10)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
+    "delo": Case(config=DeLoConfig(num_factors=4, r=2), retains=True, fresh=True),
+    "map": Case(config=MapConfig(prompt_length=6, layers_to_transform=(0, 1)), prompts=True),
+    "rebq": Case(
+        config=RebQConfig(components_per_task=3, prompt_length=4, layers_to_transform=(0, 1)),
+        prompts=True,
+    ),
+    "coda-prompt": Case(
+        config=CodaPromptConfig(components_per_task=3, prompt_length=4, layers_to_transform=(0, 1)),
+        prompts=True,
+        settings={"learning_rate": 3e-2},
+    ),
+    "l2p": Case(config=L2PConfig(pool_size=4, top_k=2, prompt_length=2), prompts=True),
     # All that a task used is frozen here, so that retention is exact; the paper freezes two.
     "moe-adapters": Case(
         # every used expert is frozen, so a new router starts on experts that are still zero
@@ -73,7 +97,9 @@ CASES = {
     ),
 }
 KINDS = ("clip", "siglip")
-EVERY = pytest.mark.parametrize("name", METHODS.names())
+ONE_STREAM = [entry.name for entry in METHODS if entry.value.needs_one_stream]
+"""They refuse dual encoders; tests/methods/test_one_stream.py holds them to the same on a ViLT."""
+EVERY = pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in ONE_STREAM])
 BOTH = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -13,6 +13,7 @@ from tests.contract.cases import (
     BOTH,
     CASES,
     EVERY,
+    ONE_STREAM,
     answer,
     base_scores,
     case_of,
@@ -24,8 +25,9 @@ from tests.contract.cases import (
     toy_backbone,
 )
 
+from evolora.errors import ConfigError
 from evolora.registry import METHODS
-from evolora.routing.route import BASE, Route
+from evolora.routing.route import BASE
 
 
 def test_every_registered_method_is_enrolled() -> None:
@@ -40,6 +42,12 @@ def test_a_method_without_a_toy_configuration_fails() -> None:
         case_of("not-enrolled")
 
 
+@pytest.mark.parametrize("name", ONE_STREAM)
+def test_a_method_of_one_stream_refuses_two_towers(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} needs image and text in one sequence"):
+        make(name)
+
+
 @EVERY
 def test_sites_are_as_claimed(name: str) -> None:
     assert bool(taught(name).method.layers) == case_of(name).sites
@@ -52,10 +60,12 @@ def test_identity_at_init(name: str, kind: str) -> None:
     learner = make(name, kind)
     batch = mixed_batch(learner.backbone)
     learner.begin(toy_task(0))
+    if case_of(name).prompts:
+        assert not torch.equal(answer(learner, batch, 0), base_scores(kind, batch, 0))
+        return
     assert torch.equal(answer(learner, batch, 0), base_scores(kind, batch, 0))
-    route = Route.of(0, len(batch), summary=learner.backbone.vision_summary)
     with torch.no_grad(), learner.method.weights():
-        embedding = learner.backbone.encode(batch, route)
+        embedding = learner.backbone.encode(batch, learner.method.make_route(0, batch))
         classes = learner.backbone.class_embeddings(toy_task(0).labels, 0, version=-1)
     untouched = toy_backbone(kind)
     assert torch.equal(embedding, image_features(untouched.model, batch))

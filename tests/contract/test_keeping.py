@@ -46,6 +46,7 @@ def test_saved_and_loaded_is_equal(name: str, kind: str, tmp_path: Path) -> None
     assert learner.predict(images) == loaded.predict(images)
     if learner.method.joint:
         return
+    loaded.recall([toy_task(0), toy_task(1)])  # for methods that replay them
     loaded.training, loaded.method.objective = learner.training, learner.method.objective
     learner.learn(toy_task(2))  # and what it learns next is the same as well
     loaded.learn(toy_task(2))

@@ -117,6 +117,22 @@ def test_leaving_unseen_tasks_to_the_base_keeps_the_zero_shot_transfer(values):
     assert result["fwt"] == pytest.approx(0.0)
 
 
+def test_g7_metrics_of_continual_missing_modality_learning():
+    unseen = np.array([[0.90, np.nan, np.nan], [0.80, 0.85, np.nan], [0.70, 0.75, 0.95]])
+    result = metrics.summary(matrix_of(unseen))
+    assert result["cmml_ap"] == pytest.approx(0.80) == result["last"]
+    assert result["cmml_fg"] == pytest.approx(0.15) == -result["bwt"]
+    assert result["cmml_last"] == pytest.approx(0.95)
+
+
+@given(larger_squares)
+def test_cmml_s_forgetting_looks_at_the_diagonal_alone(values):
+    changed = values.copy()
+    changed[np.tril_indices(len(values) - 1, -1)] = 1.0  # between learning and the last row
+    assert metrics.fg_cmml(changed) == pytest.approx(metrics.fg_cmml(values))
+    assert metrics.forgetting_chaudhry(values) >= metrics.fg_cmml(values) - 1e-12
+
+
 @given(st.integers(2, 8))
 def test_a_perfect_learner_has_full_scores_and_no_forgetting(size):
     result = metrics.summary(matrix_of(np.ones((size, size)), np.zeros(size)))
@@ -166,13 +182,13 @@ def test_scores_before_learning_a_task_do_not_count_as_forgotten(values):
 @given(squares)
 def test_every_value_stays_in_its_range(values):
     for name, value in metrics.summary(matrix_of(values, values[0])).items():
-        low = -1.0 if name in ("bwt", "fwt", "forgetting") else 0.0
+        low = -1.0 if name in ("bwt", "fwt", "forgetting", "cmml_fg") else 0.0
         assert value is None or low - 1e-12 <= value <= 1 + 1e-12
 
 
 def test_one_task_has_no_transfer_and_nothing_to_forget():
     result = metrics.summary(matrix_of([[0.5]], [0.25]))
-    undefined = {"transfer", "bwt", "fwt", "forgetting", "zero_shot_transfer"}
+    undefined = {"transfer", "bwt", "fwt", "forgetting", "cmml_fg", "zero_shot_transfer"}
     assert {name for name, value in result.items() if value is None} == undefined
     assert result["last"] == 0.5 and result["zero_shot"] == 0.25
 
@@ -182,7 +198,7 @@ def test_a_metric_that_needs_a_missing_cell_is_none_and_the_others_stand():
     result = metrics.summary(matrix_of(seen_only))
     missing = {name for name, value in result.items() if value is None}
     assert missing == {"transfer", "avg", "fwt", "zero_shot", "zero_shot_transfer"}
-    assert result["forgetting"] == pytest.approx(0.3)
+    assert result["forgetting"] == pytest.approx(0.3) == result["cmml_fg"]
     assert metrics.transfer_per_task(seen_only) == (None, None, None)
     assert metrics.avg_per_task(seen_only)[0] == pytest.approx(0.6)
 
@@ -192,6 +208,7 @@ def test_an_unfinished_run_has_no_last():
     values[2] = np.nan
     result = metrics.summary(matrix_of(values))
     assert result["last"] is None and result["forgetting"] is None
+    assert {result[name] for name in ("cmml_ap", "cmml_fg", "cmml_last")} == {None}
     assert result["transfer"] == pytest.approx(0.4)
 
 

@@ -24,6 +24,41 @@ def inspected(**method: Any) -> Inspection:
     )
 
 
+def test_a_vilt_is_counted_on_its_published_shape() -> None:
+    method = {"type": "lora-per-task", "r": 4, "towers": ["multimodal"]}
+    method["target_modules"] = ["query", "key", "value"]
+    result = inspect_config(
+        parse_config(
+            {
+                "method": method,
+                "backbone": "dandelin/vilt-b32-mlm",
+                "stream": {"name": "mtil", "root": "nowhere"},
+            }
+        ),
+        tasks=2,
+    )
+    assert result.backbone_parameters == 111_595_008
+    assert result.parameters["experts"] == 2 * 221_184  # specification of DeLo, section 2.4
+    tokens = 40 + 145
+    linears = 12 * 2 * 12 * 768**2 * tokens
+    scores = 12 * 2 * 2 * tokens**2 * 768
+    patches = 2 * 144 * 3 * 32**2 * 768
+    pooler = 2 * 768**2
+    assert result.flops["multimodal"]["base"] == linears + scores + patches + pooler
+    assert result.training["multimodal"].depth == 12
+    long = inspect_config(
+        parse_config(
+            {
+                "method": method,
+                "backbone": {"name_or_path": "dandelin/vilt-b32-mlm", "text_length": 512},
+                "stream": {"name": "mtil", "root": "nowhere"},
+            }
+        ),
+        tasks=1,
+    )
+    assert long.backbone_parameters == 111_595_008 + (512 - 40) * 768
+
+
 def lora(layers: Any = None, **settings: Any) -> Inspection:
     return inspected(type="sequential-lora", r=16, layers_to_transform=layers, **settings)
 

@@ -10,8 +10,9 @@ from tests.conftest import toy_task
 from tests.training.caching import learner_of, rows_through
 
 from evolora.methods.lora import LoRAPerTaskConfig
-from evolora.methods.moe_adapters import MoEAdaptersConfig, OracleSelectorConfig
+from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.routing.route import BASE
+from evolora.routing.selector import OracleSelectorConfig
 
 
 @pytest.mark.parametrize(

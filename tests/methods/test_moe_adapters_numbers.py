@@ -12,13 +12,10 @@ from tests.methods.toy_moe import (
 )
 
 from evolora.backbones.clip import DualEncoder
-from evolora.methods.moe_adapters import (
-    MoEAdapters,
-    MoEAdaptersConfig,
-    NoSelectorConfig,
-)
+from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
 from evolora.randomness import StepRandom
 from evolora.routing.autoencoders import AutoEncoderBank
+from evolora.routing.selector import NoSelectorConfig
 from evolora.training.config import learning_rate
 
 

@@ -18,11 +18,9 @@ from tests.methods.toy_moe import (
 from torch import Tensor
 
 from evolora.errors import ConfigError
-from evolora.methods.moe_adapters import (
-    MoEAdaptersConfig,
-    NoSelectorConfig,
-)
+from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.routing.gates import load_balance
+from evolora.routing.selector import NoSelectorConfig
 
 
 def test_load_balancing_is_importance_plus_load(make_backbone) -> None:

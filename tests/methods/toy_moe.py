@@ -12,12 +12,9 @@ from torch import Tensor
 from evolora.backbones.base import Batch
 from evolora.backbones.clip import DualEncoder
 from evolora.learner import Learner
-from evolora.methods.moe_adapters import (
-    MoEAdapters,
-    MoEAdaptersConfig,
-    OracleSelectorConfig,
-)
+from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
 from evolora.routing.gates import Gating
+from evolora.routing.selector import OracleSelectorConfig
 from evolora.streams.task import LabelSpace
 from evolora.training.batches import TrainingBatches
 from evolora.training.config import TrainingConfig

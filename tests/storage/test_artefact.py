@@ -180,3 +180,24 @@ def test_an_artefact_whose_backbone_is_gone_says_where_it_looked(tmp_path: Path)
     Learner(toy_backbone(name=name), method=TOY["zero-shot"]).save_pretrained(tmp_path / "a")
     with pytest.raises(DataError, match=r"no backbone '.*gone'"):
         Learner.from_pretrained(tmp_path / "a")
+
+
+def test_how_the_backbone_was_wrapped_is_remembered(tmp_path: Path) -> None:
+    from tests.backbones.test_loading import saved_vilt
+
+    from evolora.backbones.clip_fusion import ClipFusion
+    from evolora.backbones.loading import load_backbone
+    from evolora.backbones.vilt import Vilt
+    from evolora.methods.linear_probe import LinearProbeConfig
+
+    fused = Learner(load_backbone("clip-tiny", type="clip-fusion"), method=LinearProbeConfig())
+    fused.save_pretrained(tmp_path / "fused")
+    assert isinstance(Learner.from_pretrained(tmp_path / "fused").backbone, ClipFusion)
+    folder = str(saved_vilt(tmp_path / "vilt"))
+    long = Learner(load_backbone(folder, text_length=20), method=LinearProbeConfig())
+    long.save_pretrained(tmp_path / "long")
+    again = Learner.from_pretrained(tmp_path / "long").backbone
+    assert isinstance(again, Vilt) and again.text_length == 20
+    plain = load_backbone(folder).model
+    given = Learner.from_pretrained(tmp_path / "long", plain).backbone
+    assert isinstance(given, Vilt) and given.fingerprint() == again.fingerprint()

@@ -10,13 +10,22 @@ from tests.conftest import toy_task
 from tests.training.caching import MOE, learner_of
 from torch import Tensor
 
+from evolora.methods.er import ERConfig
+from evolora.methods.ewc import EWCConfig
 from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import LoRAPerTaskConfig
 from evolora.storage.state import export_state
 from evolora.training.loop import TrainingError
 
 
-@pytest.mark.parametrize("method", [MOE, LoRAPerTaskConfig(r=2), LinearProbeConfig()])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(MOE, LoRAPerTaskConfig(r=2), LinearProbeConfig()),
+        *(EWCConfig(r=2, fisher_samples=4), ERConfig(r=2, capacity=6)),
+    ],
+    ids=lambda config: config.type,
+)
 def test_a_learning_that_fails_leaves_the_learner_as_it_was(method: Any) -> None:
     learner = learner_of(method)
     learner.learn(toy_task(0, 20))

@@ -23,6 +23,8 @@ from tests.conftest import ToyProcessor, toy_model, toy_task
 
 from evolora.backbones.clip import DualEncoder
 from evolora.config import EvaluationConfig, RunConfig
+from evolora.methods.er import ERConfig
+from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
 from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
@@ -47,6 +49,8 @@ TOY: dict[str, Any] = {
     ),
     "joint-lora": JointLoRAConfig(**LORA),
     "sequential-lora": SequentialLoRAConfig(**LORA),
+    "ewc": EWCConfig(**LORA, fisher_samples=6),
+    "er": ERConfig(**LORA, capacity=12),
     "lora-per-task": LoRAPerTaskConfig(**LORA),
     "full-finetuning": FullFinetuningConfig(),
     "linear-probe": LinearProbeConfig(),

@@ -8,10 +8,13 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, PreTrainedModel
 
 from clip_pretraining.config import IMAGE_SIZE, clip_config
 from clip_pretraining.image import ImageStudent
@@ -42,14 +45,31 @@ def compose(args: argparse.Namespace) -> CLIPModel:
     return model
 
 
+@contextmanager
+def staged(out: Path, model: PreTrainedModel, *processors: Any) -> Iterator[Path]:
+    """Yields a folder with a model in half precision; its files are moved to ``out`` afterwards."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        for part in (model, *processors):
+            part.save_pretrained(staging)
+        config = json.loads((staging / "config.json").read_text())
+        config["dtype"] = "float32"  # stored in half precision, but CPUs compute faster in single
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        yield staging
+        out.mkdir(exist_ok=True)
+        for file in sorted(staging.iterdir()):
+            file.chmod(0o644)
+            os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(staging)
+
+
 def stage_export(args: argparse.Namespace) -> None:
     """Writes the folder in half precision by temp + rename and prints its zero-shot accuracy."""
     load_prompts(args.work, args.domains)  # fails where the text tower learnt other prompts
     model = compose(args).half()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".clip-", dir=args.out.parent))
-    model.save_pretrained(staging)
-    CLIPTokenizer.from_pretrained(args.work / "tokenizer").save_pretrained(staging)
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     processor = CLIPImageProcessor(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -57,16 +77,8 @@ def stage_export(args: argparse.Namespace) -> None:
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    processor.save_pretrained(staging)
-    config = json.loads((staging / "config.json").read_text())
-    config["dtype"] = "float32"  # stored in half precision, but CPUs compute faster in single
-    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    rows = zero_shot(staging, args.domains)
-    args.out.mkdir(exist_ok=True)
-    for file in sorted(staging.iterdir()):
-        file.chmod(0o644)
-        os.replace(file, args.out / file.name)
-    shutil.rmtree(staging)
+    with staged(args.out, model, tokenizer, processor) as folder:
+        rows = zero_shot(folder, args.domains)
     LOG.info("%.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     for row in rows:
         LOG.info("%s", row)

@@ -54,8 +54,18 @@ def image_loss(
     prompt = torch.randint(templates, (count,), generator=draw)
     texts = model.texts(corpus.embeddings[torch.arange(count), prompt])
     scale = model.log_scale.exp().clamp(max=100)
-    logits = scale * seen @ texts.T
-    logits = logits.masked_fill(corpus.synonyms[names], -1e4)
+    return name_loss(scale * seen @ texts.T, names, corpus.synonyms)
+
+
+def name_loss(logits: Tensor, names: Tensor, synonyms: Tensor) -> Tensor:
+    """Returns the softmax loss over all names, plus that of the names over the batch.
+
+    Args:
+        logits: [b, n] of pictures against every name.
+        names: [b] the right ones.
+        synonyms: bool [n, n], names that are not each other's negatives.
+    """
+    logits = logits.masked_fill(synonyms[names], -1e4)
     to_names = F.cross_entropy(logits, names, label_smoothing=0.0)
     present, index = names.unique(return_inverse=True)
     backward = logits[:, present].T

@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,36 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from evolora.training.progress import Reporter, terminal_progress
+
 LOG = logging.getLogger("pretrain_clip")
+
+
+def add_loop_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what :class:`Loop` and :func:`start_processes` read."""
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--decay", type=float, default=0.1)
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=10.0)
+    length.add_argument("--steps", type=int, help="train so many steps, however long they take")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--rank", type=int, default=0, help="this process's number")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--log-every", type=int, default=50, help="steps")
+    parser.add_argument("--save-every", type=float, default=60.0, help="seconds")
+    parser.add_argument("--eval-every", type=float, default=300.0, help="seconds")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Sets the number of threads and meets the other processes of the run."""
+    torch.set_num_threads(args.threads)
+    if args.ranks > 1:
+        store = f"file://{args.work.resolve()}/rendezvous-{args.name}"
+        torch.distributed.init_process_group("gloo", store, rank=args.rank, world_size=args.ranks)
 
 
 class Loop:
@@ -41,7 +71,20 @@ class Loop:
             LOG.info("resumed %s at step %d, %.0f s", path, self.step, self.spent)
 
     def steps(self) -> Iterator[int]:
-        """Yields step numbers until the planned steps are made or the planned minutes spent."""
+        """Yields step numbers until the planned steps are made or the planned minutes spent.
+
+        On a terminal, a bar shows which part of the run, in thousandths, is over.
+        """
+        watched = sys.stderr.isatty() and self.args.rank == 0
+        with terminal_progress(watched) as display, Reporter(display).bar("train", 1000) as bar:
+            shown = 0
+            for step in self._steps():
+                yield step
+                now = int(1000 * min(self._progress(), 1.0))
+                bar.advance(now - shown, note=f"loss {self.loss:.3f}")
+                shown = now
+
+    def _steps(self) -> Iterator[int]:
         saved = self.mark = time.monotonic()
         while (progress := self._progress()) < 1:
             warm = min(1.0, (self.step + 1) / self.args.warmup)

@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+from torch.nn import functional as F
 
-from evolora.backbones.batch import Batch, Encoded, LazyInputs, Prefix
-from evolora.errors import ConfigError
-from evolora.experts.sites import Site, SiteHost, SiteKind
-from evolora.randomness import StepRandom
+from evolora.backbones.batch import Batch, Encoded, LazyInputs, Prefix, label_tensor
+from evolora.backbones.blocks import block_indices, prompt_site
+from evolora.backbones.frozen import FrozenModel, ModelFunction
+from evolora.errors import ConfigError, DataError
+from evolora.experts.prompts import InputPrompts, PromptLayer, PromptSite, insert_prefix
+from evolora.experts.sites import Site, SiteKind
+from evolora.randomness import StepRandom, generator
 from evolora.routing.route import Route
 from evolora.streams.task import Example, LabelSpace
 
-__all__ = ["Backbone", "Batch", "Encoded", "LazyInputs", "Prefix"]
+__all__ = ["Backbone", "Batch", "Encoded", "LazyInputs", "Prefix", "PromptBackbone", "prompts_of"]
+
+CROP_SCALE = (0.9, 1.0)
+"""Area kept by the training crop (MoE-Adapters, RandomResizedCrop 0.9-1.0, bicubic)."""
 
 
-class Backbone(ABC):
-    """A frozen model, its towers, its sites, and how it turns samples into logits.
+class Backbone(FrozenModel):
+    """A frozen model, its sites, and how it turns samples into embeddings.
 
-    The model is a stock ``transformers`` class in eval mode with gradients off. Experts are added
-    through :attr:`host`; the weights are never written.
+    Experts are added through :attr:`host`; the weights are never written.
+
+    Attributes:
+        answers: classes are told apart by "prompts" that name them (:class:`PromptBackbone`), or by
+            "heads" on the embedding, which are learned by methods.
+        cached_tower: the tower that :meth:`prefix_of` cuts: the one that sees images.
+        modalities: what a sample may have; it has at least one of them.
+        vision_summary: where the vector that speaks for a sample is, see :class:`Route`.
+        input_names: of ``Batch.inputs``.
+        kept_features: routing features of :meth:`base_pass`, beside "pooled".
+        masked: whether a prefix has a mask.
     """
 
-    model: nn.Module
-    towers: tuple[str, ...]
+    answers: ClassVar[Literal["prompts", "heads"]] = "heads"
+    cached_tower: str = "vision"
+    modalities: tuple[str, ...] = ("image",)
     vision_summary: str = "first"
     input_names: tuple[str, ...] = ("pixel_values",)
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.host = SiteHost()
-        self._own = tuple(model.parameters())
-        self._fingerprint: tuple[int, str] | None = None
-        self._caller = _Caller(self.model)
-        self._weights: Mapping[str, Tensor] | None = None
-        self._states = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model's weights."""
-        return next(self.model.parameters()).device
+    kept_features: tuple[str, ...] = ("layers",)
+    masked: bool = False
+    _states = 0
 
     @abstractmethod
     def sites(
@@ -60,7 +63,32 @@ class Backbone(ABC):
     ) -> list[Site]:
         """Return the sites of a kind, in order of tower and depth; ConfigError on unknown names."""
 
-    @abstractmethod
+    def prompt_sites(self, layers: Sequence[int] | None = None) -> list[PromptSite]:
+        """Return blocks of :attr:`cached_tower` that may get prompts, the lowest first.
+
+        Args:
+            layers: indices; None takes all.
+        """
+        blocks = self.blocks(self.cached_tower)
+        wanted = block_indices(layers, len(blocks), self.cached_tower)
+        return [prompt_site(blocks[index], self.cached_tower, index) for index in wanted]
+
+    def insert_prompts(
+        self, layers: Sequence[PromptLayer], *, at: int = 0, replace: bool = False
+    ) -> None:
+        """Put the prompts of layers into their blocks from the next forward on.
+
+        Args:
+            layers: of one kind; see :mod:`evolora.experts.prompts`.
+            at: for input prompts, the position they are put to.
+            replace: for input prompts, take out those of the block before.
+        """
+        if layers[0].kind == "input":
+            InputPrompts(self.host, self.blocks(self.cached_tower), layers, at=at, replace=replace)
+            return
+        for layer in layers:
+            insert_prefix(self.host, layer)
+
     def collate(
         self,
         examples: Sequence[Example],
@@ -68,28 +96,129 @@ class Backbone(ABC):
         task: int | None = None,
         random: StepRandom | None = None,
     ) -> Batch:
-        """Return preprocessed samples; with ``random``, training augmentation is applied."""
+        """Return preprocessed samples; with ``random``, images are cropped at random."""
+        draws: list[torch.Generator | None] = [None] * len(examples)
+        if random is not None:
+            first = random.first_row
+            draws = [generator(random.seed, "crop", first + row) for row in range(len(examples))]
+        prepared = [self.prepare(one, draw) for one, draw in zip(examples, draws, strict=True)]
+        return Batch(
+            inputs=self.inputs_of(prepared),
+            labels=label_tensor([example.label for example in examples], self.device),
+            keys=tuple(example.key for example in examples),
+            task=task,
+            random=random,
+            present=self.present(prepared),
+        )
 
     @abstractmethod
-    def prepare(self, example: Example) -> Tensor:
-        """Return a sample as small integers, the same each time; :meth:`inputs_of` takes it on."""
+    def prepare(
+        self, example: Example, draw: torch.Generator | None = None
+    ) -> Mapping[str, Tensor]:
+        """Return a sample's modalities as small integers; :meth:`inputs_of` takes them on.
+
+        A missing modality is missing here too. The result is the same each time, unless ``draw``
+        augments the image.
+
+        Raises:
+            DataError: the sample has none of the backbone's modalities.
+        """
 
     @abstractmethod
-    def inputs_of(self, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the ``Batch.inputs`` of prepared samples."""
+    def inputs_of(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the ``Batch.inputs`` of prepared samples; a constant for what is missing."""
 
-    @abstractmethod
+    def present(self, samples: Sequence[Iterable[str]]) -> dict[str, Tensor]:
+        """Return ``Batch.present`` of samples whose modalities are given."""
+        if len(self.modalities) == 1:
+            return {}
+        known = [frozenset(sample) for sample in samples]
+        return {
+            modality: torch.tensor([modality in found for found in known], device=self.device)
+            for modality in self.modalities
+        }
+
+    def without(self, batch: Batch, lost: Mapping[str, Tensor]) -> Batch:
+        """Return the batch as if rows lacked a modality: modality -> (b,) bool.
+
+        Nothing is known of such samples.
+        """
+        present = dict(batch.present)
+        for modality, rows in lost.items():
+            present[modality] = present.get(modality, torch.ones_like(rows)) & ~rows
+        return replace(batch, present=present, known=None, prefix=None)
+
+    def check_modalities(self, example: Example) -> None:
+        """Refuse a sample that has nothing this backbone can see."""
+        if not any(modality in example.inputs for modality in self.modalities):
+            wanted = " or ".join(self.modalities)
+            got = ", ".join(example.inputs) or "nothing"
+            raise DataError(
+                f"sample {example.key!r} has no {wanted}, which is what "
+                f"{type(self).__name__} answers; got {got}"
+            )
+
     def encode_base(self, batch: Batch, *, features: bool = True) -> Encoded:
-        """Run the untouched base once, without gradient."""
+        """Run the untouched base once, without gradient; routing features come from the same pass.
+
+        "pooled" is the embedding as a unit vector, "modalities" (b, m, f) one vector per modality:
+        NaN where the sample lacks it, "pooled" where the backbone has one modality only.
+        """
+        names = ("embedding", *self.kept_features) if features else ("embedding",)
+        if batch.known is None or self.has_other_weights:
+            with torch.no_grad(), self.host.disabled():
+                results = self.base_pass(batch, names)
+        else:
+            results = batch.known.memory.passes.fetch(
+                names,
+                batch.known.samples,
+                lambda rows: self._known_pass(batch.take(rows), names),
+                context=self.context(),
+            )
+        found = {name: value.to(self.device) for name, value in results.items()}
+        embedding = found.pop("embedding")
+        if not features:
+            return Encoded(embedding=embedding)
+        pooled = F.normalize(embedding, dim=-1)
+        routing = {"pooled": pooled, "modalities": pooled.unsqueeze(1), **found}
+        return Encoded(embedding=embedding, features=routing)
+
+    @torch.no_grad()
+    def _known_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
+        with self.host.disabled():
+            return self.base_pass(batch, names)
+
+    @abstractmethod
+    def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the "embedding" (b, p) of the batch and those of the features that are named.
+
+        It is called without gradient and with experts disabled.
+        """
+
+    @property
+    def width(self) -> int:
+        """Width p of the embedding."""
+        return sum(self.parts.values())
 
     @property
     @abstractmethod
-    def width(self) -> int:
-        """Width p of the embedding."""
+    def parts(self) -> Mapping[str, int]:
+        """What the embedding is made of: name of a part -> its width, in order.
+
+        A part that is named as a modality is zero where a sample lacks that modality.
+        """
 
     @abstractmethod
     def feature_widths(self) -> dict[str, int]:
         """Return the width of each routing feature that :meth:`encode_base` gives."""
+
+    @abstractmethod
+    def tower_inputs(self) -> dict[str, tuple[ModelFunction, dict[str, Tensor]]]:
+        """Return tower -> (function, its inputs on the meta device): one row of full length."""
+
+    @abstractmethod
+    def tokens(self, tower: str) -> int:
+        """Return the length of a full sequence of a tower."""
 
     @abstractmethod
     def encode(self, batch: Batch, route: Route) -> Tensor:
@@ -99,13 +228,77 @@ class Backbone(ABC):
         the activations below the lowest expert, which it computes once.
         """
 
-    @abstractmethod
     def prefix(self, batch: Batch, cut: int) -> Tensor:
-        """Return the activations (b, n, d) that enter block ``cut`` of the untouched vision tower.
+        """Return the activations (b, n, d) of :meth:`prefix_of`."""
+        return self.prefix_of(batch, cut).hidden
+
+    @abstractmethod
+    def prefix_of(self, batch: Batch, cut: int) -> Prefix:
+        """Return what enters block ``cut`` of the untouched :attr:`cached_tower`.
+
+        The length is the same for every sample, so that what is kept of each can be stacked.
 
         Raises:
             ConfigError: the tower has no such block.
         """
+
+    def known_prefix(self, batch: Batch) -> Prefix | None:
+        """Return what :attr:`cached_tower` can go on from below its experts, or None.
+
+        It is what the batch brings, or what is kept of its samples (computed once).
+        """
+        if self.has_other_weights:
+            return None
+        if batch.prefix is not None:
+            return batch.prefix
+        cut, known = self.host.lowest(self.cached_tower), batch.known
+        if not cut or known is None or known.memory.prefixes is None or not self.host.enabled:
+            return None
+
+        names = (f"prefix {cut}", "mask") if self.masked else (f"prefix {cut}",)
+
+        def compute(rows: Tensor) -> dict[str, Tensor]:
+            part = self.prefix_of(batch.take(rows), cut)
+            return {names[0]: part.hidden, **({} if part.mask is None else {"mask": part.mask})}
+
+        found = known.memory.prefixes.fetch(names, known.samples, compute, context=self.context())
+        dtype = next(self.model.parameters()).dtype
+        return Prefix(
+            cut=cut,
+            hidden=found[names[0]].to(self.device, dtype, non_blocking=True),
+            mask=found["mask"].to(self.device) if self.masked else None,
+        )
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what an artefact must remember to find this backbone again (JSON values)."""
+
+    def context(self) -> str:
+        """Return all that decides what the untouched model makes of an input, as a cache key."""
+        device, dtype = self._own[0].device, self._own[0].dtype
+        autocast = ""
+        if torch.is_autocast_enabled(device.type):
+            autocast = str(torch.get_autocast_dtype(device.type))
+        return f"{self.fingerprint()}/{self.preprocessing()}/{device}/{dtype}/{autocast}"
+
+    @abstractmethod
+    def preprocessing(self) -> str:
+        """Return what decides the inputs of a prepared sample (sizes, mean, deviation)."""
+
+    def new_state(self) -> int:
+        """Return a number that no state of any method here has had, and forget classes."""
+        self._states += 1
+        self.forget_classes()
+        return self._states
+
+    def forget_classes(self) -> None:
+        """Drop what is kept of learned classes; called whenever experts may change."""
+
+
+class PromptBackbone(Backbone):
+    """A backbone that tells classes apart by prompts that name them: no head has to be learned."""
+
+    answers = "prompts"
 
     @abstractmethod
     def class_embeddings(
@@ -125,135 +318,16 @@ class Backbone(ABC):
     def logits(self, embedding: Tensor, classes: Tensor) -> Tensor:
         """Return (b, c) logits of embeddings (b, p) against class embeddings (c, p)."""
 
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Return what an artefact must remember to find this backbone again (JSON values)."""
 
-    @contextmanager
-    def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run the model with other weights (by parameter name); its own are not touched."""
-        self._weights = weights
-        try:
-            yield
-        finally:
-            self._weights = None
+def prompts_of(backbone: Backbone) -> PromptBackbone:
+    """Return the backbone if it answers by prompts.
 
-    @property
-    def has_other_weights(self) -> bool:
-        """Whether the model runs with other weights than its own (:meth:`with_weights`)."""
-        return self._weights is not None
-
-    def context(self) -> str:
-        """Return all that decides what the untouched model makes of an input, as a cache key."""
-        device, dtype = self._own[0].device, self._own[0].dtype
-        autocast = ""
-        if torch.is_autocast_enabled(device.type):
-            autocast = str(torch.get_autocast_dtype(device.type))
-        return f"{self.fingerprint()}/{self.preprocessing()}/{device}/{dtype}/{autocast}"
-
-    @abstractmethod
-    def preprocessing(self) -> str:
-        """Return what decides the inputs of a prepared sample (sizes, mean, deviation)."""
-
-    def entering_block(
-        self, tower: str, cut: int, function: str, inputs: Mapping[str, Tensor]
-    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """Return what block ``cut`` of the untouched tower is called with: (b, n, d), args, kwargs.
-
-        The model's own forward runs up to that block and no further, so masks and all that comes
-        before the blocks are its own.
-        """
-        met: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            met.append((args, kwargs))
-            raise _Reached
-
-        handle = self.blocks(tower)[cut].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with torch.no_grad(), self.host.disabled(), suppress(_Reached):
-                self.call(function, **inputs)
-        finally:
-            handle.remove()
-        args, kwargs = met[0]
-        return args[0], args[1:], kwargs
-
-    def call(self, function: str, **inputs: Any) -> Any:
-        """Call a function of the model ("get_image_features") with the weights in place."""
-        if self._weights is None:
-            return getattr(self.model, function)(**inputs)
-        named = {f"model.{name}": value for name, value in self._weights.items()}
-        return torch.func.functional_call(self._caller, named, (function,), inputs)
-
-    def new_state(self) -> int:
-        """Return a number that no state of any method here has had, and forget classes."""
-        self._states += 1
-        self.forget_classes()
-        return self._states
-
-    @abstractmethod
-    def forget_classes(self) -> None:
-        """Drop cached class embeddings of learned tasks; called whenever experts may change."""
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of every weight and buffer (name, shape, dtype, bytes)."""
-        writes = sum(weight._version for weight in self._own)
-        if self._fingerprint is None or self._fingerprint[0] != writes:
-            digest = hashlib.sha256()
-            for name, tensor in sorted(self.model.state_dict().items()):
-                value = tensor.detach().cpu().contiguous()
-                digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-                digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = (writes, digest.hexdigest())
-        return self._fingerprint[1]
-
-    @contextmanager
-    def checkpointing(self, wanted: bool = True) -> Iterator[None]:
-        """Keep only the inputs of blocks for backward and run each block again there.
-
-        transformers does so in blocks that are in training mode. Only the blocks themselves are
-        put into it: their attention and MLP stay as they are, and so does dropout, off.
-
-        Raises:
-            ConfigError: the model's blocks cannot do so.
-        """
-        blocks = [block for tower in self.towers for block in self.blocks(tower)] if wanted else []
-        if not all(hasattr(block, "gradient_checkpointing") for block in blocks):
-            raise ConfigError(
-                f"gradient_checkpointing: {type(self.model).__name__} does not support it"
-            )
-        again = partial(checkpoint, use_reentrant=False)
-        for block in blocks:
-            block.training = True
-            vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=again)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                block.training = False
-                for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-                    vars(block).pop(name)
-
-    @abstractmethod
-    def blocks(self, tower: str) -> list[nn.Module]:
-        """Return the transformer blocks of a tower, the lowest first."""
-
-    def to(self, device: torch.device | str) -> Backbone:
-        """Move the model; the weights stay the same."""
-        self.model.to(device)
-        return self
-
-
-class _Reached(Exception):
-    pass
-
-
-class _Caller(nn.Module):
-    """Lets ``functional_call`` reach any function of a model, not only its forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: str, **inputs: Any) -> Any:
-        return getattr(self.model, function)(**inputs)
+    Raises:
+        ConfigError: it answers by heads.
+    """
+    if not isinstance(backbone, PromptBackbone):
+        raise ConfigError(
+            f"{type(backbone).__name__} answers by learned heads; this method needs class prompts, "
+            "as of a dual encoder (CLIPModel, SiglipModel)"
+        )
+    return backbone

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from evolora.backbones.memory import Known
+from evolora.errors import ConfigError
 from evolora.randomness import StepRandom
 
 
@@ -56,10 +58,17 @@ class Prefix:
     Args:
         cut: block that is run next.
         hidden: (b, n, d) activations entering it.
+        mask: (b, n) bool, False at padding; None where there is none.
     """
 
     cut: int
     hidden: Tensor
+    mask: Tensor | None = None
+
+    def take(self, rows: Tensor) -> Prefix:
+        """Return the given rows."""
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, hidden=self.hidden[rows], mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +80,14 @@ class Batch:
         labels: (b,) int64 class index; with several labels per sample (b, c) float of 0 and 1.
         keys: identifier of each sample.
         task: index of the samples' task in the stream; read in training and by oracles only.
+        tasks: task of each row where a training batch has rows of several; ``task`` is the newest.
+            Labels are then class indices of each row's own task.
         random: randomness of the training step; None in evaluation.
         step_labels: class indices of the whole global batch where several processes share it.
+        step_tasks: ``tasks`` of the whole global batch.
         known: which samples these are and where results on them are kept; None computes all anew.
-        prefix: activations of the vision tower to go on from; None begins with the inputs.
+        prefix: activations to go on from (of the tower that sees images); None begins with the
+            inputs.
         present: modality -> (b,) whether the sample has it, from the data; a modality that is not
             named is present everywhere. What ``inputs`` hold for a missing one is a constant.
     """
@@ -83,8 +96,10 @@ class Batch:
     labels: Tensor
     keys: tuple[str, ...]
     task: int | None = None
+    tasks: tuple[int, ...] = ()
     random: StepRandom | None = None
     step_labels: Tensor | None = None
+    step_tasks: tuple[int, ...] = ()
     known: Known | None = None
     prefix: Prefix | None = None
     present: Mapping[str, Tensor] = field(default_factory=dict)
@@ -95,6 +110,22 @@ class Batch:
     def with_random(self, random: StepRandom) -> Batch:
         """Return the same samples with a training step's randomness."""
         return replace(self, random=random)
+
+    def joined(self, others: Sequence[Batch]) -> Batch:
+        """Return the rows of this batch and of others of its task; nothing is known of them."""
+        parts = [self, *others]
+        return replace(
+            self,
+            inputs={name: torch.cat([part.inputs[name] for part in parts]) for name in self.inputs},
+            labels=torch.cat([part.labels for part in parts]),
+            keys=tuple(key for part in parts for key in part.keys),
+            tasks=tuple(task for part in parts for task in part.tasks),
+            known=None,
+            prefix=None,
+            present={
+                name: torch.cat([part.present[name] for part in parts]) for name in self.present
+            },
+        )
 
     def take(self, rows: Tensor) -> Batch:
         """Return the given rows as a batch of their own."""
@@ -108,10 +139,22 @@ class Batch:
             inputs=inputs,
             labels=self.labels[rows],
             keys=tuple(self.keys[row] for row in chosen),
+            tasks=tuple(self.tasks[row] for row in chosen) if self.tasks else (),
             known=self.known.take(chosen) if self.known else None,
-            prefix=replace(self.prefix, hidden=self.prefix.hidden[rows]) if self.prefix else None,
+            prefix=self.prefix.take(rows) if self.prefix else None,
             present={name: value[rows] for name, value in self.present.items()},
         )
+
+    def of_task(self, task: int) -> tuple[Tensor, Batch]:
+        """Return which rows of a mixed batch are a task's, and what its loss needs of them."""
+        device = self.labels.device
+        rows = torch.tensor([row for row, own in enumerate(self.tasks) if own == task])
+        rows = rows.to(device, torch.long)
+        part = replace(self, inputs={}, known=None, prefix=None, present={}).take(rows)
+        step = self.step_labels
+        if step is not None:
+            step = step[[row for row, own in enumerate(self.step_tasks) if own == task]]
+        return rows, replace(part, task=task, tasks=(), step_labels=step, step_tasks=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +163,8 @@ class Encoded:
 
     Args:
         embedding: (b, p) what the base model's answer is computed from.
-        features: name -> (b, f) routing features.
+        features: name -> (b, f) routing features; "modalities" is (b, m, f), a unit vector per
+            modality, NaN where the sample lacks it.
     """
 
     embedding: Tensor
@@ -130,3 +174,20 @@ class Encoded:
         """Return the given rows."""
         features = {name: value[rows] for name, value in self.features.items()}
         return Encoded(embedding=self.embedding[rows], features=features)
+
+
+def label_tensor(
+    labels: Sequence[int | tuple[int, ...]], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return ``Batch.labels``: (b,) int64, or (b, c) float32 where samples have several.
+
+    Samples of tasks that have fewer classes are filled up with zeros.
+    """
+    several = [label for label in labels if isinstance(label, tuple)]
+    if not several:
+        return torch.tensor(labels, dtype=torch.int64, device=device)
+    if len(several) < len(labels):
+        raise ConfigError("samples with one and with several labels cannot share a batch")
+    most = max(len(label) for label in several)
+    filled = [label + (0,) * (most - len(label)) for label in several]
+    return torch.tensor(filled, dtype=torch.float32, device=device)

@@ -1,16 +1,18 @@
-"""Transformer blocks of CLIP-like towers: where experts stand in them, what selectors read."""
+"""Transformer blocks: where experts stand in them, what selectors read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolora.errors import ConfigError
-from evolora.experts.sites import Site
+from evolora.experts.prompts import PromptSite
+from evolora.experts.sites import Site, SiteKind
 
 LINEARS = {
     "q_proj": "self_attn.q_proj",
@@ -20,7 +22,21 @@ LINEARS = {
     "fc1": "mlp.fc1",
     "fc2": "mlp.fc2",
 }
-"""Name of a Linear as users write it -> where it is in a block."""
+"""Name of a Linear as users write it -> where it is in a block of CLIP or SigLIP."""
+VILT_LINEARS = {
+    "query": "attention.attention.query",
+    "key": "attention.attention.key",
+    "value": "attention.attention.value",
+    "out_proj": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+    # CLIP's names of the first three, and ViLT's of the fourth
+    "q_proj": "attention.attention.query",
+    "k_proj": "attention.attention.key",
+    "v_proj": "attention.attention.value",
+    "dense": "attention.output.dense",
+}
+"""The same for a block of ViLT. Of two names for one Linear, the first names its site."""
 
 
 def block_indices(layers: Sequence[int] | None, depth: int, tower: str) -> list[int]:
@@ -42,47 +58,131 @@ def block_indices(layers: Sequence[int] | None, depth: int, tower: str) -> list[
     return sorted({layer % depth for layer in layers})
 
 
-def mlp_site(block: Any, tower: str, index: int) -> Site:
-    """Return the site beside a block's MLP."""
-    width = block.layer_norm2.normalized_shape[0]
-    return Site(
+def block_sites(
+    block: nn.Module,
+    kind: SiteKind,
+    tower: str,
+    index: int,
+    *,
+    linears: Mapping[str, str],
+    targets: Sequence[str],
+    mlp: tuple[str, str],
+) -> list[Site]:
+    """Return the sites of a block.
+
+    Args:
+        block: transformer block.
+        kind: beside its MLP, or at its Linears.
+        tower: it is in.
+        index: of the block.
+        linears: name of a Linear -> where it is.
+        targets: names of the wanted Linears.
+        mlp: where the MLP is, whose output experts add to, and the LayerNorm before it.
+    """
+    if kind == "mlp":
+        module, norm = (block.get_submodule(path) for path in mlp)
+        width: int = norm.normalized_shape[0]  # type: ignore[index, assignment]
+        name = f"{tower}.{index}.mlp"
+        return [
+            Site(
+                tower=tower,
+                layer=index,
+                name=name,
+                kind="mlp",
+                module=module,
+                norm=norm,
+                d_in=width,
+                d_out=width,
+            )
+        ]
+    found = []
+    for path in dict.fromkeys(linears[target] for target in targets):
+        linear: Any = block.get_submodule(path)
+        name = next(known for known, where in linears.items() if where == path)
+        found.append(
+            Site(
+                tower=tower,
+                layer=index,
+                name=f"{tower}.{index}.{name}",
+                kind="linear",
+                module=linear,
+                d_in=linear.in_features,
+                d_out=linear.out_features,
+            )
+        )
+    return found
+
+
+def prompt_site(block: nn.Module, tower: str, index: int) -> PromptSite:
+    """Return where prompts stand in a block of ViLT, CLIP or SigLIP."""
+    is_vilt = "layernorm_before" in dict(block.named_children())
+    linears = VILT_LINEARS if is_vilt else LINEARS
+    key: Any = block.get_submodule(linears["k_proj"])
+    return PromptSite(
         tower=tower,
         layer=index,
-        name=f"{tower}.{index}.mlp",
-        kind="mlp",
-        module=block.mlp,
-        norm=block.layer_norm2,
-        d_in=width,
-        d_out=width,
+        attention=block.get_submodule(linears["k_proj"].rpartition(".")[0]),
+        key=key,
+        value=block.get_submodule(linears["v_proj"]),
+        width=key.in_features,
     )
 
 
-def linear_site(block: Any, tower: str, index: int, target: str) -> Site:
-    """Return the site at one of a block's Linears, see :data:`LINEARS`."""
-    module = block.get_submodule(LINEARS[target])
-    return Site(
-        tower=tower,
-        layer=index,
-        name=f"{tower}.{index}.{target}",
-        kind="linear",
-        module=module,
-        d_in=module.in_features,
-        d_out=module.out_features,
-    )
+def entry_of(block: nn.Module) -> nn.Module:
+    """Return the LayerNorm that takes what enters a block.
+
+    A hook on the block itself would stay outside of what gradient checkpointing runs again.
+    """
+    modules = dict(block.named_children())
+    return modules["layernorm_before"] if "layernorm_before" in modules else modules["layer_norm1"]
 
 
-def layer_statistics(hidden: Sequence[Tensor]) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the hidden states after a block; some wrap them in a tuple."""
+    output = block(hidden, *args, **kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+@contextmanager
+def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Give a list that the outputs of modules are put into, as they run."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_statistics(hidden: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Return (b, f): mean and standard deviation over tokens at each given depth of a tower.
 
     Low layers tell the style of an image, high layers its content; a selector needs both. Each
     statistic is normalised over its width, so that no layer outweighs another.
+
+    Args:
+        hidden: (b, n, d) at each depth.
+        mask: (b, n) bool, which tokens count; None counts all.
     """
     parts = []
     for tokens in (states.float() for states in hidden):
-        mean = tokens.mean(dim=1)
-        # Tensor.std takes six times as long over an axis that is not the last one.
-        squares = (tokens - mean.unsqueeze(1)).square_().sum(dim=1)
-        deviation = (squares / (tokens.shape[1] - 1)).sqrt()
+        if mask is None:
+            mean, count = tokens.mean(dim=1), tokens.shape[1] - 1
+            # Tensor.std takes six times as long over an axis that is not the last one.
+            squares = (tokens - mean.unsqueeze(1)).square_().sum(dim=1)
+            deviation = (squares / count).sqrt()
+        else:
+            counted = mask.unsqueeze(2).to(tokens.dtype)
+            total = counted.sum(dim=1)
+            mean = (tokens * counted).sum(dim=1) / total
+            squares = ((tokens - mean.unsqueeze(1)) * counted).square_().sum(dim=1)
+            deviation = (squares / (total - 1).clamp_min(1)).sqrt()
         parts += [F.layer_norm(values, tokens.shape[2:]) for values in (mean, deviation)]
     return torch.cat(parts, dim=1)
 

@@ -13,33 +13,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import CROP_SCALE, Batch, Prefix, PromptBackbone
 from evolora.backbones.blocks import (
     LINEARS,
     block_indices,
+    block_sites,
     layer_statistics,
-    linear_site,
-    mlp_site,
+    outputs_of,
     statistic_layers,
 )
-from evolora.backbones.memory import Known
+from evolora.backbones.frozen import ModelFunction
+from evolora.backbones.pixels import mean_std, normalized
 from evolora.backbones.prompts import PromptEncoder, pooled
 from evolora.errors import ConfigError, unknown_name
 from evolora.experts.sites import Site, SiteKind
-from evolora.randomness import StepRandom, generator
+from evolora.randomness import StepRandom
 from evolora.registry import BACKBONES
 from evolora.routing.route import Route
 from evolora.streams.images import random_resized_crop, read_image, resize_center_crop
 from evolora.streams.task import Example, LabelSpace
 
-CROP_SCALE = (0.9, 1.0)
-"""Area kept by the training crop (MoE-Adapters, RandomResizedCrop 0.9-1.0, bicubic)."""
-
 
 @BACKBONES.register(
     "dual-encoder", summary="CLIPModel and SiglipModel: images against class-name prompts"
 )
-class DualEncoder(Backbone):
+class DualEncoder(PromptBackbone):
     """A ``transformers`` CLIP or SigLIP with its processor.
 
     Args:
@@ -84,146 +82,88 @@ class DualEncoder(Backbone):
         for tower in wanted:
             blocks: Any = getattr(self.model, f"{tower}_model").encoder.layers
             for index in block_indices(layers, len(blocks), tower):
-                block = blocks[index]
-                if kind == "mlp":
-                    found.append(mlp_site(block, tower, index))
-                else:
-                    found.extend(linear_site(block, tower, index, t) for t in target_modules)
+                found += block_sites(
+                    blocks[index],
+                    kind,
+                    tower,
+                    index,
+                    linears=LINEARS,
+                    targets=target_modules,
+                    mlp=("mlp", "layer_norm2"),
+                )
         return found
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        *,
-        task: int | None = None,
-        random: StepRandom | None = None,
-    ) -> Batch:
-        """Return normalised pixels (b, 3, s, s); with ``random``, a random resized crop each."""
-        crops = []
-        for row, example in enumerate(examples):
-            if random is None:
-                crops.append(self.prepare(example))
-            else:
-                draw = generator(random.seed, "crop", random.first_row + row)
-                image = read_image(example.inputs["image"])
-                crops.append(random_resized_crop(image, self.image_size, draw, scale=CROP_SCALE))
-        return Batch(
-            inputs=self.inputs_of(crops),
-            labels=torch.tensor([example.label for example in examples], device=self.device),
-            keys=tuple(example.key for example in examples),
-            task=task,
-            random=random,
-        )
+    def prepare(
+        self, example: Example, draw: torch.Generator | None = None
+    ) -> Mapping[str, Tensor]:
+        """Return {"image": uint8 (3, s, s)}: the centre crop, or a random one."""
+        self.check_modalities(example)
+        image = read_image(example.inputs["image"])
+        if draw is None:
+            return {"image": resize_center_crop(image, self.image_size)}
+        return {"image": random_resized_crop(image, self.image_size, draw, scale=CROP_SCALE)}
 
-    def prepare(self, example: Example) -> Tensor:
-        """Return the centre crop, uint8 (3, s, s)."""
-        return resize_center_crop(read_image(example.inputs["image"]), self.image_size)
-
-    def inputs_of(self, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
+    def inputs_of(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return {"pixel_values": (b, 3, s, s)} of uint8 crops."""
-        return {"pixel_values": self.normalize(torch.stack(list(prepared)))}
+        return {"pixel_values": self.normalize(torch.stack([one["image"] for one in prepared]))}
 
     def preprocessing(self) -> str:
         """Return size, mean and deviation."""
-        mean, std = self._mean_std()
+        mean, std = mean_std(self.processor)
         return f"{self.image_size}/{mean.tolist()}/{std.tolist()}"
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images (b, 3, s, s) as the floats the vision tower was trained on."""
-        images = images.to(self.device)
-        mean, std = self._mean_std()
-        shape = (1, 3, 1, 1)
-        scaled = images.float() / 255.0
-        return (scaled - mean.to(self.device).view(shape)) / std.to(self.device).view(shape)
+        return normalized(images.to(self.device), *mean_std(self.processor))
 
-    def encode_base(self, batch: Batch, *, features: bool = True) -> Encoded:
-        """Run the untouched vision tower; the routing features come from the same pass."""
-        names = ("embedding", "layers") if features else ("embedding",)
-        if batch.known is None or self.has_other_weights:
-            results: Mapping[str, Tensor] = self._base_pass(batch, names)
-        else:
-            results = batch.known.memory.passes.fetch(
-                names,
-                batch.known.samples,
-                lambda rows: self._base_pass(batch.take(rows), names),
-                context=self.context(),
-            )
-        embedding = results["embedding"].to(self.device)
-        if not features:
-            return Encoded(embedding=embedding)
-        layers = results["layers"].to(self.device)
-        return Encoded(
-            embedding=embedding,
-            features={"pooled": F.normalize(embedding, dim=-1), "layers": layers},
-        )
+    def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the image "embedding" and, where it is wanted, the statistics of the "layers"."""
+        if "layers" not in names:
+            return {"embedding": self._image_embedding(batch)}
+        with outputs_of(self.statistic_modules("vision")) as hidden:
+            embedding = self._image_embedding(batch)
+        return {"embedding": embedding, "layers": layer_statistics(hidden)}
 
-    def _base_pass(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the base's embedding and, where it is wanted, the statistics of its layers."""
-        with torch.no_grad(), self.host.disabled():
-            if "layers" not in names:
-                return {"embedding": self._image_embedding(batch)}
-            tower: Any = getattr(self.model, "vision_model")  # noqa: B009 - untyped
-            outputs = (tower.embeddings, *self.blocks("vision"))
-            hidden: list[Tensor] = []
-            handles = [
-                outputs[index].register_forward_hook(lambda _, __, out: hidden.append(out))
-                for index in statistic_layers(len(outputs))
-            ]
-            try:
-                embedding = self._image_embedding(batch)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            return {"embedding": embedding, "layers": layer_statistics(hidden)}
+    def statistic_modules(self, tower: str) -> list[nn.Module]:
+        """Return the modules of a tower whose outputs the "layers" feature is made of."""
+        embeddings: nn.Module = getattr(self.model, f"{tower}_model").embeddings
+        outputs = [embeddings, *self.blocks(tower)]
+        return [outputs[index] for index in statistic_layers(len(outputs))]
 
     @property
-    def width(self) -> int:
-        """Width of the shared image-text space."""
-        if self.is_siglip:
-            return int(self.config.vision_config.hidden_size)
-        return int(self.config.projection_dim)
+    def parts(self) -> Mapping[str, int]:
+        """The image's place in the shared image-text space."""
+        config = self.config
+        return {
+            "image": int(
+                config.vision_config.hidden_size if self.is_siglip else config.projection_dim
+            )
+        }
 
     def feature_widths(self) -> dict[str, int]:
-        """Return the widths of "pooled" and "layers"."""
+        """Return the widths of "pooled", "layers" and (per modality) "modalities"."""
         depth = 1 + len(self.blocks("vision"))
         statistics = 2 * len(statistic_layers(depth)) * self.config.vision_config.hidden_size
-        return {"pooled": self.width, "layers": statistics}
+        return {"pooled": self.width, "layers": statistics, "modalities": self.width}
 
     def encode(self, batch: Batch, route: Route) -> Tensor:
         """Return L2-normalisable image embeddings (b, p) under the route."""
         self.host.set_route("vision", route)
-        if self.has_other_weights:
-            return self._image_embedding(batch)
-        cut = self.host.lowest("vision")
-        if batch.prefix is not None:
-            return self._go_on(batch.prefix.hidden, batch.prefix.cut)
-        if batch.known is None or not self.host.enabled or cut == 0:
-            return self._image_embedding(batch)
-        if cut is None:  # no expert stands in this tower
+        prefix = self.known_prefix(batch)
+        if prefix is not None:
+            return self._go_on(prefix.hidden, prefix.cut)
+        if batch.known and not self.has_other_weights and self.host.lowest("vision") is None:
             return self.encode_base(batch, features=False).embedding
-        if batch.known.memory.prefixes is None:
-            return self._image_embedding(batch)
-        return self._go_on(self._known_prefix(batch, batch.known, cut), cut)
+        return self._image_embedding(batch)
 
-    def _known_prefix(self, batch: Batch, known: Known, cut: int) -> Tensor:
-        assert known.memory.prefixes is not None
-        name = f"prefix {cut}"
-        found = known.memory.prefixes.fetch(
-            (name,),
-            known.samples,
-            lambda rows: {name: self.prefix(batch.take(rows), cut)},
-            context=self.context(),
-        )
-        dtype = next(self.model.parameters()).dtype
-        return found[name].to(self.device, dtype, non_blocking=True)
-
-    def prefix(self, batch: Batch, cut: int) -> Tensor:
-        """Return the activations (b, n, d) that enter block ``cut`` of the untouched tower."""
+    def prefix_of(self, batch: Batch, cut: int) -> Prefix:
+        """Return what enters block ``cut`` of the untouched vision tower."""
         depth = len(self.blocks("vision"))
         if not 0 <= cut < depth:
             raise ConfigError(f"the vision tower has blocks 0 to {depth - 1}; got cut {cut}")
         inputs = {"pixel_values": batch.inputs["pixel_values"]}
-        return self.entering_block("vision", cut, "get_image_features", inputs)[0]
+        hidden = self.entering_block("vision", cut, "get_image_features", inputs)[0]
+        return Prefix(cut=cut, hidden=hidden)
 
     def _go_on(self, hidden: Tensor, cut: int) -> Tensor:
         """Run block ``cut`` of the vision tower and all above it, as its own forward does."""
@@ -292,7 +232,7 @@ class DualEncoder(Backbone):
 
     def describe(self) -> dict[str, Any]:
         """Return class, name and preprocessing, for the artefact."""
-        mean, std = self._mean_std()
+        mean, std = mean_std(self.processor)
         return {
             "type": "dual-encoder",
             "class": type(self.model).__name__,
@@ -306,13 +246,24 @@ class DualEncoder(Backbone):
     def _image_embedding(self, batch: Batch) -> Tensor:
         return pooled(self.call("get_image_features", pixel_values=batch.inputs["pixel_values"]))
 
+    def tower_inputs(self) -> dict[str, tuple[ModelFunction, dict[str, Tensor]]]:
+        """Return the vision tower with one image, the text tower with one prompt of full length."""
+        size = self.image_size
+        images = torch.empty(1, 3, size, size, device="meta")
+        prompts = torch.zeros(1, self.tokens("text"), dtype=torch.long, device="meta")
+        return {
+            "vision": ("get_image_features", {"pixel_values": images}),
+            "text": ("get_text_features", {"input_ids": prompts}),
+        }
+
+    def tokens(self, tower: str) -> int:
+        """Return the length of a full sequence of a tower."""
+        if tower == "text":
+            return int(self.config.text_config.max_position_embeddings)
+        vision = self.config.vision_config
+        return int(vision.image_size // vision.patch_size) ** 2 + (0 if self.is_siglip else 1)
+
     def blocks(self, tower: str) -> list[nn.Module]:
         """Return the transformer blocks of a tower, the lowest first."""
         found: Any = getattr(self.model, f"{tower}_model").encoder.layers
         return list(found)
-
-    def _mean_std(self) -> tuple[Tensor, Tensor]:
-        image = getattr(self.processor, "image_processor", self.processor)
-        mean = getattr(image, "image_mean", None) or (0.5, 0.5, 0.5)
-        std = getattr(image, "image_std", None) or (0.5, 0.5, 0.5)
-        return torch.tensor(mean), torch.tensor(std)

@@ -1,7 +1,8 @@
-"""Finding a dual encoder by name: embedded, in a folder, in the hub's cache, on the hub."""
+"""Finding a backbone by name: embedded, in a folder, in the hub's cache, on the hub."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +14,78 @@ from urllib.request import getproxies
 import torch
 from torch import nn
 
+from evolora.backbones.base import Backbone
 from evolora.backbones.clip import DualEncoder
-from evolora.errors import DataError, suggest
+from evolora.errors import ConfigError, DataError, suggest
+from evolora.registry import BACKBONES
 
 HUB_SECONDS = 5.0
 """How long to wait for the hub to answer."""
 
 
+AUTO = "auto"
+"""The type of a backbone that goes by its model: ViLT is "vilt", all else a "dual-encoder"."""
+
+
 def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> DualEncoder:
+    """Return a dual encoder, see :func:`load_backbone`."""
+    backbone = load_backbone(name_or_path, revision=revision, type="dual-encoder")
+    assert isinstance(backbone, DualEncoder)
+    return backbone
+
+
+def wrap_model(
+    model: nn.Module,
+    processor: Any | None = None,
+    *,
+    name: str = "",
+    type: str = AUTO,
+    text_length: int | None = None,
+) -> Backbone:
+    """Return the backbone of a ``transformers`` model.
+
+    Args:
+        model: ``CLIPModel``, ``SiglipModel``, ``ViltModel`` or a model that holds one.
+        processor: its processor, or None where only shapes count.
+        name: what the user called it.
+        type: registered name (``evolora ls backbones``), or "auto".
+        text_length: see :class:`evolora.backbones.vilt.Vilt`; other types have no such option.
+
+    Raises:
+        ConfigError: the type is unknown or not the model's, or has no such option.
+    """
+    if type == AUTO:
+        inner: Any = getattr(model, "vilt", model)
+        kind = getattr(getattr(inner, "config", None), "model_type", "")
+        type = "vilt" if kind == "vilt" else "dual-encoder"
+    build = BACKBONES.get(type)
+    if text_length is None:
+        backbone: Backbone = build(model, processor, name=name)
+    elif "text_length" in inspect.signature(build).parameters:
+        backbone = build(model, processor, name=name, text_length=text_length)
+    else:
+        raise ConfigError(f"text_length: a backbone of type {type!r} has no such option")
+    return backbone
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    type: str = AUTO,
+    text_length: int | None = None,
+) -> Backbone:
     """Return a backbone from a hub name, a local folder or an embedded name ("clip-tiny").
+
+    Args:
+        name_or_path: where the model is.
+        revision: hub revision.
+        type: see :func:`wrap_model`.
+        text_length: see :func:`wrap_model`.
 
     Raises:
         DataError: nothing loadable is there; says where it looked.
+        ConfigError: the model is not of the type.
     """
     from evolora.assets import embedded_backbone, embedded_backbones
 
@@ -44,10 +105,10 @@ def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> Dual
             model, processor = _load(where, revision)
     except (OSError, ValueError, KeyError) as error:
         looked = "the embedded backbones, the local file system and the hub cache"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = (str(error).strip() or error.__class__.__name__).splitlines()[0]
         raise DataError(f"no backbone {name_or_path!r}: looked in {looked} ({first})") from error
-    is_path = Path(name_or_path).exists()
-    return DualEncoder(model, processor, name=str(Path(name_or_path)) if is_path else name_or_path)
+    name = str(Path(name_or_path)) if Path(name_or_path).exists() else name_or_path
+    return wrap_model(model, processor, name=name, type=type, text_length=text_length)
 
 
 def _load(where: str, revision: str | None) -> tuple[nn.Module, Any]:
@@ -70,7 +131,12 @@ def _from_pretrained(where: str, revision: str | None) -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoProcessor
 
     load_processor: Any = AutoProcessor.from_pretrained
-    model = AutoModel.from_pretrained(where, revision=revision, dtype=torch.float32)
+    model, found = AutoModel.from_pretrained(
+        where, revision=revision, dtype=torch.float32, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        first, count = sorted(found["missing_keys"])[0], len(found["missing_keys"])
+        raise ValueError(f"its weights lack {first} and {count - 1} more, which would be random")
     return model, load_processor(where, revision=revision)
 
 

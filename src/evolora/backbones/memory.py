@@ -76,7 +76,7 @@ class Memory:
     """The caches of one learner (or of several that share a backbone).
 
     Args:
-        crops: content of a sample -> its preprocessed pixels.
+        crops: (content of a sample, modality) -> its preprocessed pixels or tokens.
         passes: the base's results per sample.
         prefixes: activations below the experts per sample; None where they are not kept.
     """

@@ -35,7 +35,8 @@ from evolora.bench.towers import (
 )
 from evolora.experts.layers import SumLayer
 from evolora.methods.lora import JointLoRA, JointLoRAConfig, LoRAPerTask, LoRAPerTaskConfig
-from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig, OracleSelectorConfig
+from evolora.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
+from evolora.routing.selector import OracleSelectorConfig
 
 R, EXPERTS, HIDDEN, TASKS = 16, 22, 64, 20
 LORA, PEFT, TUNED = f"LoRA r{R}", f"PEFT LoRA r{R}", "full fine-tuning"

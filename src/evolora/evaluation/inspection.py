@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from evolora.assets import ROOT, embedded_backbone
-from evolora.backbones.clip import DualEncoder
-from evolora.config import RunConfig, build_method, load_stream
+from evolora.backbones.base import Backbone
+from evolora.backbones.loading import wrap_model
+from evolora.config import BackboneConfig, RunConfig, build_method, load_stream
 from evolora.errors import ConfigError, DataError
 from evolora.evaluation.training_cost import TowerTraining, base_flops, training_cost
 from evolora.methods.base import Method
@@ -26,10 +27,17 @@ from evolora.routing.selector import AutoEncoderSelector
 from evolora.streams.task import LabelSpace
 
 PARTS = {
+    "/prompts.": "prompts",
+    "/memory.": "prompts",
+    "/answer.": "prompts",
+    "/pooler.": "tuned_weights",
     ".bank.": "experts",
     ".routers.": "gates_and_noise",
+    ".pools.": "adapters",
+    "heads.": "heads",
     "vectors.": "class_vectors",
     "tuned.": "tuned_weights",
+    "elastic.": "importance",
 }
 """Mark in a tensor's name -> part it is counted under."""
 
@@ -94,7 +102,7 @@ def inspect_config(config: RunConfig, *, tasks: int | None = None) -> Inspection
         config: the run.
         tasks: number of tasks; None takes the stream's.
     """
-    backbone = meta_backbone(config.backbone.name_or_path)
+    backbone = meta_backbone(config.backbone)
     method = build_method(config.method, backbone, seed=config.seed)
     labels = _label_spaces(config, tasks)
     trainable, stored = [], []
@@ -128,19 +136,19 @@ def inspect_config(config: RunConfig, *, tasks: int | None = None) -> Inspection
     )
 
 
-def meta_backbone(name: str) -> DualEncoder:
+def meta_backbone(wanted: BackboneConfig) -> Backbone:
     """Return a backbone of the named shape on the meta device.
 
     The shape comes from an embedded backbone, an embedded shape file, a local folder or the hub.
     """
-    from transformers import AutoConfig, AutoModel, CLIPConfig
+    from transformers import AutoConfig, AutoModel
 
+    name = wanted.name_or_path
     shape = ROOT / "shapes" / f"{name.replace('/', '--')}.json"
     try:
         if shape.exists():
             values = json.loads(shape.read_text(encoding="utf-8"))
-            values.pop("model_type")
-            config: Any = CLIPConfig(**values)
+            config: Any = AutoConfig.for_model(**values)
         else:
             config = AutoConfig.from_pretrained(str(embedded_backbone(name) or name))
     except (OSError, ValueError) as error:
@@ -153,7 +161,7 @@ def meta_backbone(name: str) -> DualEncoder:
     build: Any = AutoModel.from_config
     with torch.device("meta"):
         model: nn.Module = build(config)
-    return DualEncoder(model, None, name=name)
+    return wrap_model(model, name=name, type=wanted.type, text_length=wanted.text_length)
 
 
 def _trainable(method: Method) -> int:
@@ -178,6 +186,8 @@ def _parts(method: Method) -> dict[str, int]:
 
 def _totals(method: Method, parts: Mapping[str, int]) -> dict[str, int]:
     totals = {"stored": sum(parts.values())}
+    if "adapters" in parts:
+        totals["adapters_per_task"] = parts["adapters"] // len(method.labels)
     if "gates_and_noise" in parts:
         totals["adapters_and_routers"] = parts["experts"] + parts["gates_and_noise"]
     if isinstance(method.selector, AutoEncoderSelector):
@@ -185,8 +195,8 @@ def _totals(method: Method, parts: Mapping[str, int]) -> dict[str, int]:
     return totals
 
 
-def _sites(method: Method, backbone: DualEncoder) -> list[SiteCost]:
-    tokens = {tower: _tokens(backbone, tower) for tower in backbone.towers}
+def _sites(method: Method, backbone: Backbone) -> list[SiteCost]:
+    tokens = {tower: backbone.tokens(tower) for tower in backbone.towers}
     sites = []
     for key, layer in method.layers.items():
         tower, index, *_ = key.split("/")
@@ -205,16 +215,10 @@ def _sites(method: Method, backbone: DualEncoder) -> list[SiteCost]:
     return sites
 
 
-def _tokens(backbone: DualEncoder, tower: str) -> int:
-    """Return the length of a full sequence of a tower."""
-    if tower == "text":
-        return int(backbone.config.text_config.max_position_embeddings)
-    vision = backbone.config.vision_config
-    return int(vision.image_size // vision.patch_size) ** 2 + (0 if backbone.is_siglip else 1)
-
-
 def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
     """Return a label space per task: of the published counts where the data need not be there."""
+    from evolora.streams.cmml import BENCHMARKS
+
     counts: list[int] | None = None
     name = str(config.stream["name"])
     if tasks is not None:
@@ -229,6 +233,8 @@ def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
         counts = [CLASS_COUNTS[task] for task in names]
     elif name == "class-incremental":
         counts = [1] * (int(config.stream["steps"]) + bool(config.stream.get("base_classes")))
+    elif name in BENCHMARKS:
+        counts = [BENCHMARKS[name].classes] * BENCHMARKS[name].tasks
     if counts is None:
         options = {key: value for key, value in config.stream.items() if key != "name"}
         return [task.labels for task in load_stream(name, **options)]

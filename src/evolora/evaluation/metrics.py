@@ -47,6 +47,18 @@ DEFINITIONS: dict[str, str] = {
         "Forgetting (Chaudhry et al.): for each task but the last, its best score since it was "
         "learned (the final one left out) minus its final score; the mean."
     ),
+    "cmml_ap": (
+        "AP (RebQ, DeLo: continual missing-modality learning): average performance, the mean of "
+        "the last row; the same number as Last and no average precision."
+    ),
+    "cmml_fg": (
+        "FG (RebQ, DeLo): for each task but the last, its score when it was just learned minus its "
+        "final score; the mean. From the diagonal, not from the best score: minus BWT."
+    ),
+    "cmml_last": (
+        "Last (RebQ, DeLo): the score on the last task alone, after it was learned. Not ZSCL's "
+        "Last, which is the mean over all tasks."
+    ),
     "zero_shot": "The mean score over all tasks before any learning.",
     "zero_shot_transfer": (
         "The mean score before any learning over all tasks but the first: the Transfer of a model "
@@ -173,6 +185,32 @@ def forgetting_chaudhry(values: ArrayLike) -> Score:
     return _mean_of(forgetting_per_task(values)[:-1])
 
 
+def ap_cmml(values: ArrayLike) -> Score:
+    """Return AP = mean_j A[T-1, j].
+
+    Source: Zhao et al., "Reconstruct before Query: Continual Missing Modality Learning with
+    Decomposed Prompt Collaboration" (RebQ), arXiv 2403.11373.
+    """
+    return last(values)
+
+
+def fg_cmml(values: ArrayLike) -> Score:
+    """Return FG = 1/(T-1) sum_{j<T-1} (A[j, j] - A[T-1, j]); in [-1, 1], None for one task.
+
+    Source: RebQ, arXiv 2403.11373.
+    """
+    matrix = _square(values)
+    return _mean(matrix.diagonal()[:-1] - matrix[-1, :-1])
+
+
+def last_cmml(values: ArrayLike) -> Score:
+    """Return Last = A[T-1, T-1]: how well the last task was learned.
+
+    Source: RebQ, arXiv 2403.11373.
+    """
+    return _mean(_square(values)[-1:, -1])
+
+
 def summary(matrix: Matrix) -> dict[str, Score]:
     """Return every metric of `DEFINITIONS` by name, as fractions; None where a cell is missing."""
     values, baseline = matrix.values, matrix.baseline
@@ -185,6 +223,9 @@ def summary(matrix: Matrix) -> dict[str, Score]:
         "bwt": bwt_lopezpaz(values),
         "fwt": fwt_lopezpaz(values, baseline),
         "forgetting": forgetting_chaudhry(values),
+        "cmml_ap": ap_cmml(values),
+        "cmml_fg": fg_cmml(values),
+        "cmml_last": last_cmml(values),
         "zero_shot": None if baseline is None else _mean(baseline),
         "zero_shot_transfer": None if baseline is None else _mean(baseline[1:]),
     }

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from evolora.backbones.clip import DualEncoder
+from evolora.backbones.base import Backbone
+from evolora.backbones.blocks import run_block
+from evolora.backbones.frozen import ModelFunction
 from evolora.experts.budget import allocation_cost, depth_price
 from evolora.methods.base import Method
 
@@ -37,7 +39,7 @@ class TowerTraining:
 
 
 def training_cost(
-    method: Method, backbone: DualEncoder, experts: Mapping[str, int]
+    method: Method, backbone: Backbone, experts: Mapping[str, int]
 ) -> dict[str, TowerTraining]:
     """Return tower -> cost of a training step on shapes (meta device).
 
@@ -47,7 +49,7 @@ def training_cost(
         experts: tower -> FLOPs of the experts that answer one row.
     """
     costs = {}
-    for tower, (function, inputs) in tower_inputs(backbone).items():
+    for tower, (function, inputs) in backbone.tower_inputs().items():
         blocks = backbone.blocks(tower)
         lowest = 0 if method.replaces_weights else backbone.host.lowest(tower)
         if method.replaces_weights:  # weight gradients cost what gradients of inputs do
@@ -72,35 +74,23 @@ def training_cost(
     return costs
 
 
-def tower_inputs(backbone: DualEncoder) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """Return tower -> (function of the model, its inputs): one image, one prompt of full length."""
-    size = backbone.image_size
-    length = int(backbone.config.text_config.max_position_embeddings)
-    images = torch.empty(1, 3, size, size, device="meta")
-    prompts = torch.zeros(1, length, dtype=torch.long, device="meta")
-    return {
-        "vision": ("get_image_features", {"pixel_values": images}),
-        "text": ("get_text_features", {"input_ids": prompts}),
-    }
-
-
-def base_flops(backbone: DualEncoder) -> dict[str, int]:
-    """Return the FLOPs of the untouched towers for one image and one prompt of full length."""
-    calls = tower_inputs(backbone)
+def base_flops(backbone: Backbone) -> dict[str, int]:
+    """Return the FLOPs of the untouched towers for one row of full length."""
+    calls = backbone.tower_inputs()
     return {tower: _forward(backbone, *call) for tower, call in calls.items()}
 
 
-def _forward(backbone: DualEncoder, function: str, inputs: Mapping[str, Tensor]) -> int:
+def _forward(backbone: Backbone, function: ModelFunction, inputs: Mapping[str, Tensor]) -> int:
     with torch.no_grad(), backbone.host.disabled(), FlopCounterMode(display=False) as counter:
         backbone.call(function, **inputs)
     return int(counter.get_total_flops())
 
 
 def _flops(
-    backbone: DualEncoder,
+    backbone: Backbone,
     tower: str,
     lowest: int | None,
-    function: str,
+    function: ModelFunction,
     inputs: dict[str, Tensor],
 ) -> tuple[int, int]:
     """Return FLOPs (below the lowest expert: forward; from it on: forward and backward)."""
@@ -113,6 +103,6 @@ def _flops(
     with backbone.host.disabled(), FlopCounterMode(display=False) as counter:
         hidden: Any = start
         for block in backbone.blocks(tower)[lowest:]:
-            hidden = block(hidden, *args, **kwargs)
+            hidden = run_block(block, hidden, *args, **kwargs)
         hidden.sum().backward()
     return below, int(counter.get_total_flops())

@@ -111,6 +111,32 @@ def mix(
     ).view(shape)  # fmt: skip
 
 
+def add_pairs(
+    out: Tensor,
+    x: Tensor,
+    factors: Factors,
+    gates: Tensor,
+    *,
+    mask: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Return ``out`` plus one thin pair of each sample, its ranks weighted: rank-one experts.
+
+    Args:
+        out: (b, n, d_out) base output.
+        x: (b, n, d_in).
+        factors: a (b, R, d_in) and b (b, R, d_out).
+        gates: (b, R) weight of each rank.
+        mask: (b, n, R), or None: which ranks act on which token.
+        inplace: as for :func:`mix`.
+    """
+    factors, x = factors.to(out.dtype), x.to(out.dtype)
+    hidden = torch.bmm(x, factors.a.mT) * gates.to(out.dtype).unsqueeze(1)
+    if mask is not None:
+        hidden = hidden * mask
+    return accumulate(out, hidden, factors.b, inplace=inplace and may_overwrite(out))
+
+
 def _choose(x: Tensor, bank: ExpertBank, ids: Tensor | Sequence[int], k: int) -> Formulation:
     if not isinstance(ids, Tensor):
         return "shared"

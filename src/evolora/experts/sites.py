@@ -9,13 +9,16 @@ forward hooks. Its state dict, its module tree and its weights stay what they we
   y = h + MLP(LN(h)) + E(h)   (MoE-Adapters, section 3.2 of arXiv 2403.11549).
 
 The route is handed to all sites of a tower through one :class:`SiteHost`. It stays in place until
-the tower's next forward, so a backward pass that recomputes (gradient checkpointing) meets the same
-route.
+the tower's next forward; a backward pass that recomputes (gradient checkpointing) meets the route
+of its own forward (:meth:`SiteHost.holding_routes`), however many forwards a step has.
+
+A gate that reads what enters a whole block, not what enters a Linear, watches the block
+(:meth:`SiteHost.watch`): its callback keeps what the block's sites then use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,7 +41,7 @@ class Site:
     """One place for experts.
 
     Args:
-        tower: "vision" or "text" (other backbones add theirs).
+        tower: "vision", "text", or "multimodal" where one stream holds both.
         layer: index of the transformer block, from 0.
         name: unique within the model, with dots ("vision.3.self_attn.q_proj").
         kind: where the experts read and write, see the module docstring.
@@ -57,9 +60,18 @@ class Site:
     norm: nn.Module | None = None
 
     @property
+    def place(self) -> str:
+        """What messages call it."""
+        return f"site {self.name!r}"
+
+    @property
     def key(self) -> str:
         """The site's name as a key of a ModuleDict, which must not contain dots."""
         return self.name.replace(".", "/")
+
+
+BlockWatcher = Callable[[int, Tensor, Route], None]
+"""Called with (index of the block, hidden states (b, n, d) entering it, their route)."""
 
 
 class ExpertLayer(nn.Module):
@@ -137,7 +149,7 @@ class SiteHost:
 
         def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
             seen.clear()  # a pass that broke off between the norm and the MLP left its input
-            if self._wanted(site):
+            if self._wanted(site.tower, site.place):
                 seen.append(args[0])
 
         def beside(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -146,8 +158,79 @@ class SiteHost:
         self._handles.append(site.norm.register_forward_pre_hook(remember))
         self._handles.append(site.module.register_forward_hook(beside))
 
+    def watch(self, tower: str, entries: Mapping[int, nn.Module], seen: BlockWatcher) -> None:
+        """Call ``seen`` each time one of the blocks is about to run with experts.
+
+        It gets the rows that experts answer, in the order in which expert layers get them, before
+        any layer of the block runs; and again where a backward pass runs the block once more, so
+        what it keeps for the block's layers is the block's own then too. It keeps it in an object
+        of its owner, never on a tensor or in a module global.
+
+        Args:
+            tower: whose blocks they are.
+            entries: index of a block -> its module that takes what enters the block.
+            seen: what is called.
+        """
+
+        def hook(index: int, args: tuple[Any, ...]) -> None:
+            if not self._wanted(tower, f"block {index}"):
+                return
+            route, hidden = self._routes[tower], args[0]
+            if route.rows != hidden.shape[0]:
+                raise RouteError(
+                    f"block {index} got {hidden.shape[0]} rows, its route {route.rows}"
+                )
+            if not route.everybody:
+                hidden, route = hidden[route.active], route.of_active
+            seen(index, hidden, route)
+
+        for index, entry in entries.items():
+            self._handles.append(
+                entry.register_forward_pre_hook(lambda _, args, index=index: hook(index, args))
+            )
+
+    def hold(self, tower: str, layer: int, handle: RemovableHandle) -> None:
+        """Keep the handle of a hook that acts in a block, to be removed with all the others."""
+        self._lowest[tower] = min(layer, self._lowest.get(tower, layer))
+        self._handles.append(handle)
+
+    def route_at(self, tower: str, place: str, rows: int) -> Route | None:
+        """Return the route of a forward in which every row gets prompts; None if none does.
+
+        Raises:
+            RouteError: there is no route, or it is for other rows, or the base answers some rows.
+        """
+        if not self._wanted(tower, place):
+            return None
+        route = self._routes[tower]
+        if route.rows != rows:
+            raise RouteError(f"{place} got {rows} rows, its route {route.rows}")
+        if not route.everybody:
+            raise RouteError(
+                f"{place}: rows with prompts and rows of the base cannot run in one forward, for "
+                "prompts make a sequence longer; run the rows of the base apart"
+            )
+        return route
+
+    def route_of(self, tower: str) -> Route:
+        """Return the route in place for a tower."""
+        return self._routes[tower]
+
+    def holding_routes(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function as it runs under the routes that are in place now."""
+        routes = dict(self._routes)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before, self._routes = self._routes, routes
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._routes = before
+
+        return run
+
     def remove_all(self) -> None:
-        """Take every expert layer out again; the model is as it was before the first insert."""
+        """Take every expert layer and watcher out again; the model is as before the first."""
         for handle in self._handles:
             handle.remove()
         for linear in self._linears:
@@ -185,15 +268,15 @@ class SiteHost:
             for layer, formulation in zip(self._layers, formulations, strict=True):
                 layer.formulation = formulation
 
-    def _wanted(self, site: Site) -> bool:
+    def _wanted(self, tower: str, place: str) -> bool:
         if not self.enabled:
             return False
-        if site.tower not in self._routes:
+        if tower not in self._routes:
             raise RouteError(
-                f"site {site.name!r} was run with experts enabled and no route for the "
-                f"{site.tower!r} tower; call set_route first, or run inside disabled()"
+                f"{place} was run with experts enabled and no route for the {tower!r} tower; "
+                "call set_route first, or run inside disabled()"
             )
-        return not self._routes[site.tower].nobody
+        return not self._routes[tower].nobody
 
     def _run(
         self,
@@ -203,7 +286,7 @@ class SiteHost:
         out: Tensor,
         folded: frozenset[int] = frozenset(),
     ) -> Tensor:
-        if not self._wanted(site):
+        if not self._wanted(site.tower, site.place):
             return out
         route = self._routes[site.tower]
         if route.rows != out.shape[0]:
@@ -225,7 +308,7 @@ class SiteHost:
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        if not self._wanted(site) or not self._routes[site.tower].everybody:
+        if not self._wanted(site.tower, site.place) or not self._routes[site.tower].everybody:
             return None
         return layer.always_on(self._routes[site.tower])
 

@@ -9,25 +9,31 @@ gate mixes them, who recognises the task, and what is frozen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import Backbone, Batch, Encoded, prompts_of
+from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
+from evolora.experts.prompts import PromptLayer
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
+from evolora.methods.heads import TaskHeads
+from evolora.methods.reservoir import Reservoir
 from evolora.methods.versions import TensorVersions
+from evolora.randomness import generator
 from evolora.routing.features import FeatureExtractor
 from evolora.routing.route import BASE, Route
 from evolora.routing.selector import AlwaysSelector, Selector
 from evolora.streams.task import LabelSpace
 
 Routing = Literal["task-free", "oracle", "none"]
+HeadMode = Literal["selected", "all_seen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,8 @@ class Prediction:
     """Answers for a batch.
 
     Args:
-        scores: (b, c) probabilities over the label space.
+        scores: (b, c) probabilities over the label space; they sum to 1 unless a sample may have
+            several labels.
         tasks: (b,) which task's experts answered, or BASE.
     """
 
@@ -70,6 +77,15 @@ class Method(nn.Module):
         routing: how it knows the task at inference: "task-free", told by an "oracle", or "none".
         joint: True trains on all tasks at once (an upper bound, not a continual learner).
         replaces_weights: True runs the model with other weights than the frozen ones.
+        needs_prompts: True answers by class-name prompts alone, which not every backbone has.
+        needs_one_stream: True works on image and text in one sequence alone, as in ViLT.
+
+    Attributes:
+        heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
+        head_mode: which heads answer: that of the "selected" task, or those of "all_seen" tasks.
+            Methods that know no task ask all of them.
+        reservoir: which samples of earlier tasks are replayed in training; None replays none. Heads
+            of replayed tasks go on learning.
 
     Args:
         config: instance of ``config_class``.
@@ -81,9 +97,20 @@ class Method(nn.Module):
     routing: Routing = "none"
     joint: ClassVar[bool] = False
     replaces_weights: ClassVar[bool] = False
+    needs_prompts: ClassVar[bool] = False
+    needs_one_stream: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
+        if self.needs_prompts and backbone.answers == "heads":
+            raise ConfigError(
+                f"{config.type} answers by class-name prompts; {type(backbone).__name__} has none"
+            )
+        if self.needs_one_stream and not isinstance(backbone, Vilt):
+            raise ConfigError(
+                f"{config.type} needs image and text in one sequence, as in ViltModel; "
+                f"{type(backbone).__name__} runs them apart or has one only"
+            )
         self.config = config
         self.backbone = backbone
         self.seed = seed
@@ -91,6 +118,11 @@ class Method(nn.Module):
         self.selector: Selector = AlwaysSelector(BASE)
         self.labels: list[LabelSpace] = []
         self.task_names: list[str] = []
+        self.heads: TaskHeads | None = None
+        if backbone.answers == "heads":
+            self.heads = TaskHeads(backbone.parts, self.labels, device=backbone.device)
+        self.head_mode: HeadMode = "selected"
+        self.reservoir: Reservoir | None = None
         self.objective = Objective()
         self.reuse = True  # what lies below the experts is computed once (training.prefix_cache)
         self._tensors = TensorVersions()
@@ -104,12 +136,27 @@ class Method(nn.Module):
         """Take up a new task: allocate its experts, trainable."""
         self.task_names.append(name)
         self.labels.append(labels)
-        self.allocate(len(self.labels) - 1)
+        task = len(self.labels) - 1
+        if self.heads is not None:
+            draw = generator(self.seed, "head", task)
+            self.heads.add(labels, draw, freeze=not self.joint and self.reservoir is None)
+        self.allocate(task)
         if self.backbone.device.type != "meta":  # counting on shapes keeps its indices on the CPU
             self.to(self.backbone.device)
 
     def allocate(self, task: int) -> None:
         """Add what the new task needs. Default: nothing."""
+
+    def review(
+        self, task: int, rows: int, read: Callable[[Sequence[int]], Iterable[Batch]]
+    ) -> None:
+        """Look at the training samples of the task just learned. Default: nothing.
+
+        Args:
+            task: index of the task.
+            rows: of its training set.
+            read: gives chosen rows as batches of the task, without augmentation.
+        """
 
     def finish_task(self) -> None:
         """Freeze what the task leaves behind. Default: nothing."""
@@ -124,35 +171,66 @@ class Method(nn.Module):
         self._tensors.forget()
         labels = self.labels[batch.task]
         task = self.expert_task(batch.task)
-        route = Route.of(
-            task,
-            len(batch),
-            device=self.backbone.device,
-            summary=self.backbone.vision_summary,
-            random=batch.random,
-        )
-        subset, targets = self._step_classes(batch, labels)
         with self.weights():
-            embedding = self.backbone.encode(batch, route)
-            classes = self.backbone.class_embeddings(
-                labels,
-                task,
-                random=batch.random.whole() if batch.random else None,
-                classes=subset,
-                ensemble=False,
-                reuse=self.reuse,
-            )
-            logits = self.backbone.logits(embedding, classes)
-        loss = nn.functional.cross_entropy(
-            logits, targets, label_smoothing=self.objective.label_smoothing
-        )
-        extra = self.extra_losses()
+            embedding = self.backbone.encode(batch, self.make_route(task, batch))
+            loss = self.task_loss(embedding, batch, labels, task)
+        extra = self.extra_losses(batch, embedding)
         total = loss + sum(extra.values()) if extra else loss
         return {"loss": total, "task": loss.detach(), **{k: v.detach() for k, v in extra.items()}}
 
-    def extra_losses(self) -> dict[str, Tensor]:
+    def task_loss(self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int) -> Tensor:
+        """Return the classification loss of embeddings (b, p) of the current data task.
+
+        Cross-entropy among its classes, or binary cross-entropy of each where a sample may have
+        several.
+        """
+        return self.answer_loss(*self.training_logits(embedding, batch, labels, task), labels)
+
+    def answer_loss(self, logits: Tensor, targets: Tensor, labels: LabelSpace) -> Tensor:
+        """Return the classification loss of logits (b, c), see :meth:`task_loss`."""
+        smoothing = self.objective.label_smoothing
+        if labels.multi_label:
+            targets = targets.to(logits.dtype) * (1.0 - smoothing) + 0.5 * smoothing
+            return nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        return nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def training_logits(
+        self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (b, c) of the classes that a training loss is about, and their targets."""
+        assert batch.task is not None
+        if self.heads is not None:
+            return self.heads.of_task(embedding, batch.task), batch.labels
+        subset, targets = self._step_classes(batch, labels)
+        classes = prompts_of(self.backbone).class_embeddings(
+            labels,
+            task,
+            random=batch.random.whole() if batch.random else None,
+            classes=subset,
+            ensemble=False,
+            reuse=self.reuse,
+        )
+        return prompts_of(self.backbone).logits(embedding, classes), targets
+
+    def extra_losses(self, batch: Batch, embedding: Tensor) -> dict[str, Tensor]:
         """Return the method's own weighted loss terms of the forward that just ran."""
         return {}
+
+    def make_route(
+        self, tasks: Tensor | int, batch: Batch, encoded: Encoded | None = None
+    ) -> Route:
+        """Return the route of a batch that experts answer, with what their gates read.
+
+        Args:
+            tasks: task of each row (b,), or the one of all rows.
+            batch: the samples.
+            encoded: the base's pass over them, if there was one.
+        """
+        summary, random = self.backbone.vision_summary, batch.random
+        if isinstance(tasks, Tensor):
+            return Route(tasks, summary=summary, random=random)
+        device = self.backbone.device
+        return Route.of(tasks, len(batch), device=device, summary=summary, random=random)
 
     def weights(self) -> AbstractContextManager[None]:
         """Context in which the backbone runs with this method's own weights. Default: its own."""
@@ -194,14 +272,16 @@ class Method(nn.Module):
         The rows of all tasks run in one forward; those of the base are not run again if ``encoded``
         has their pass.
         """
+        batch = replace(batch, random=None)  # a training batch that is answered draws nothing
         tasks = tasks.to(self.backbone.device)
         rows, others = torch.nonzero(tasks != BASE)[:, 0], torch.nonzero(tasks == BASE)[:, 0]
         if len(rows) == 0:
             return self._embed_base(batch, encoded)
         if len(others) == 0:
-            return self._embed_experts(batch, tasks)
-        experts = self._embed_experts(batch.take(rows), tasks[rows])
-        base = self._embed_base(batch.take(others), encoded.take(others) if encoded else None)
+            return self._embed_experts(batch, tasks, encoded)
+        mine, rest = (encoded.take(part) if encoded else None for part in (rows, others))
+        experts = self._embed_experts(batch.take(rows), tasks[rows], mine)
+        base = self._embed_base(batch.take(others), rest)
         return torch.cat([experts, base.to(experts.dtype)])[torch.cat([rows, others]).argsort()]
 
     def score(self, embedding: Tensor, tasks: Tensor, labels: LabelSpace) -> Prediction:
@@ -209,12 +289,23 @@ class Method(nn.Module):
         logits: Tensor | None = None
         for task in torch.unique(tasks).tolist():
             rows = torch.nonzero(tasks == task).squeeze(1)
-            part = self.backbone.logits(embedding[rows], self.classifier(labels, task))
+            part = self._logits(embedding[rows], task, labels)
             if logits is None:
                 logits = part.new_empty(len(embedding), part.shape[1])
             logits[rows] = part
         assert logits is not None
-        return Prediction(scores=torch.softmax(logits, dim=1), tasks=tasks)
+        scores = logits.sigmoid() if labels.multi_label else logits.softmax(dim=1)
+        return Prediction(scores=scores, tasks=tasks)
+
+    def _logits(self, embedding: Tensor, task: int, labels: LabelSpace) -> Tensor:
+        """Return logits (b, c) of embeddings (b, p) that ``task`` (or the base) answers."""
+        if self.heads is None:
+            return prompts_of(self.backbone).logits(embedding, self.classifier(labels, task))
+        alone = self.head_mode == "selected" and self.routing != "none" and task != BASE
+        # Asked for classes that only other tasks taught, the features are still the task's.
+        if alone and not set(labels.classes).isdisjoint(self.labels[task].classes):
+            return self.heads.among(embedding, labels, [task])
+        return self.heads.among(embedding, labels, range(len(self.labels)))
 
     def routing_features(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """Return the features the selector reads, by name."""
@@ -225,9 +316,9 @@ class Method(nn.Module):
         """Return (c, p) class embeddings under the experts of ``task`` (or BASE)."""
         if task == BASE:
             with self.backbone.host.disabled():
-                return self.backbone.class_embeddings(labels, BASE, reuse=self.reuse)
+                return prompts_of(self.backbone).class_embeddings(labels, BASE, reuse=self.reuse)
         with self.weights():
-            return self.backbone.class_embeddings(
+            return prompts_of(self.backbone).class_embeddings(
                 labels, task, version=self._state_version(), reuse=self.reuse
             )
 
@@ -248,31 +339,28 @@ class Method(nn.Module):
     def _embed_base(self, batch: Batch, encoded: Encoded | None) -> Tensor:
         return (encoded or self.backbone.encode_base(batch, features=False)).embedding
 
-    def _embed_experts(self, batch: Batch, tasks: Tensor) -> Tensor:
+    def _embed_experts(self, batch: Batch, tasks: Tensor, encoded: Encoded | None) -> Tensor:
         """Return the embedding (b, p) of rows that experts answer."""
         distinct = torch.unique(tasks).tolist()
         if len(distinct) == 1:
-            return self._embed_task(batch, distinct[0])
+            return self._embed_task(batch, distinct[0], encoded)
         with self.weights():
-            return self.backbone.encode(batch, Route(tasks, summary=self.backbone.vision_summary))
+            return self.backbone.encode(batch, self.make_route(tasks, batch, encoded))
 
-    def _embed_task(self, batch: Batch, task: int) -> Tensor:
+    def _embed_task(self, batch: Batch, task: int, encoded: Encoded | None) -> Tensor:
         """Return the embedding (b, p) under one task; kept if its experts tell their state."""
         state = self._route_state(task) if batch.known else None
 
-        def run(part: Batch) -> Tensor:
-            route = Route.of(
-                task, len(part), device=self.backbone.device, summary=self.backbone.vision_summary
-            )
+        def run(part: Batch, encoded: Encoded | None) -> Tensor:
             with self.weights():
-                return self.backbone.encode(part, route)
+                return self.backbone.encode(part, self.make_route(task, part, encoded))
 
         if batch.known is None or state is None:
-            return run(batch)
+            return run(batch, encoded)
         found = batch.known.memory.passes.fetch(
             (state,),
             batch.known.samples,
-            lambda rows: {state: run(batch.take(rows))},
+            lambda rows: {state: run(batch.take(rows), encoded.take(rows) if encoded else None)},
             context=self.backbone.context(),
         )
         return found[state].to(self.backbone.device)
@@ -297,6 +385,13 @@ class Method(nn.Module):
         self.layers[site.key] = layer
         self.backbone.host.insert(site, layer)
 
+    def insert_prompts(
+        self, layers: Mapping[str, PromptLayer], *, at: int = 0, replace: bool = False
+    ) -> None:
+        """Own prompt layers, by name, and put their prompts into the backbone's blocks."""
+        self.layers.update(layers)
+        self.backbone.insert_prompts(list(layers.values()), at=at, replace=replace)
+
     def remove(self) -> None:
         """Take all experts out of the backbone again."""
         self.backbone.host.remove_all()
@@ -311,7 +406,7 @@ class Method(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def stored(self) -> dict[str, Tensor]:
-        """Return every tensor that must be kept to answer again, by name."""
+        """Return every tensor that must be kept to answer again and to go on, by name."""
         return {name: tensor for name, tensor in self.state_dict().items() if tensor.numel() > 0}
 
     def _step_classes(

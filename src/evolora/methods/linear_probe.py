@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import Backbone, Batch, Encoded, prompts_of
 from evolora.experts.bank import GrowingStack
 from evolora.methods.base import Method
 from evolora.registry import METHODS
@@ -46,6 +46,8 @@ class LinearProbe(Method):
 
     def allocate(self, task: int) -> None:
         """Start the task's class vectors at its prompt embeddings; freeze all older ones."""
+        if self.heads is not None:  # they are the probe
+            return
         self.vectors.freeze(range(len(self.vectors)))
         labels = self.labels[task]
         if self.backbone.device.type == "meta":
@@ -57,12 +59,17 @@ class LinearProbe(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the cross-entropy of the current task's class vectors."""
         assert batch.task is not None
-        encoded = self.backbone.encode_base(batch, features=False)
-        logits = self.backbone.logits(encoded.embedding, self.vectors.active)
-        loss = nn.functional.cross_entropy(
-            logits, batch.labels, label_smoothing=self.objective.label_smoothing
-        )
+        embedding = self.backbone.encode_base(batch, features=False).embedding
+        loss = self.task_loss(embedding, batch, self.labels[batch.task], BASE)
         return {"loss": loss, "task": loss.detach()}
+
+    def training_logits(
+        self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits of the current task's class vectors (or of its head), and the labels."""
+        if self.heads is not None:
+            return super().training_logits(embedding, batch, labels, task)
+        return prompts_of(self.backbone).logits(embedding, self.vectors.active), batch.labels
 
     def embed(self, batch: Batch, encoded: Encoded | None, tasks: Tensor) -> Tensor:
         """Return the base's embedding: the label space alone says which vectors are used."""

@@ -1,16 +1,17 @@
-"""LoRA baselines: one expert for all tasks in turn, one per task with oracle, one trained jointly.
+"""LoRA baselines: one expert for all tasks in turn, one per task, one trained jointly.
 
     y = W x + (alpha / r) * B A x ;  A Kaiming-uniform, B zero, W frozen
 
 Source: LoRA, Hu et al., ICLR 2022, arXiv 2106.09685. The three regimes bracket every continual
 method at equal parameters: sequential LoRA is what happens without protection, one LoRA per task
 with the true task id is what perfect protection and routing give, joint training is what no
-continual learner can see.
+continual learner can see. With task keys in place of the true id, one LoRA per task is a continual
+learner itself: no task is told, and each input goes to the nearest one (never to the base).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,11 +23,13 @@ from evolora.experts.bank import ExpertBank
 from evolora.experts.layers import SumLayer
 from evolora.experts.merge import AlwaysOn
 from evolora.experts.sites import Site
-from evolora.methods.base import Method, Routing
+from evolora.methods.base import Method
+from evolora.methods.selectors import use_selector
 from evolora.randomness import generator
 from evolora.registry import METHODS
 from evolora.routing.route import Route
-from evolora.routing.selector import AlwaysSelector, OracleSelector
+from evolora.routing.selector import AlwaysSelector, OracleSelectorConfig
+from evolora.routing.task_keys import TaskKeySelectorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class LoRAConfig:
         lora_dropout: probability of zeroing a bottleneck unit during training, in [0, 1).
         target_modules: Linears that get an expert: q_proj, k_proj, v_proj, out_proj, fc1, fc2.
         layers_to_transform: block indices (negative counts from the top); None takes all.
-        towers: towers that get experts.
+        towers: towers that get experts; None takes all.
     """
 
     r: int = 8
@@ -47,7 +50,7 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "fc1", "fc2")
     layers_to_transform: tuple[int, ...] | None = None
-    towers: tuple[str, ...] = ("vision", "text")
+    towers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -65,9 +68,16 @@ class SequentialLoRAConfig(LoRAConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAPerTaskConfig(LoRAConfig):
-    """See :class:`LoRAConfig`."""
+    """See :class:`LoRAConfig`.
+
+    Args:
+        selector: "oracle" is told the true task; "task-keys" recognise it.
+    """
 
     type: Literal["lora-per-task"] = "lora-per-task"
+    selector: OracleSelectorConfig | TaskKeySelectorConfig = field(
+        default_factory=OracleSelectorConfig
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,17 +149,16 @@ class SequentialLoRA(_LoRA):
     config_class: ClassVar[Any] = SequentialLoRAConfig
 
 
-@METHODS.register("lora-per-task", summary="one LoRA per task with oracle task id (upper bound)")
+@METHODS.register("lora-per-task", summary="one LoRA per task: told the task, or told by task keys")
 class LoRAPerTask(_LoRA):
-    """One frozen expert per learned task; the true task is told, unlearned tasks go to the base."""
+    """One frozen expert per learned task; an oracle sends unlearned tasks to the base."""
 
     config_class: ClassVar[Any] = LoRAPerTaskConfig
-    routing: Routing = "oracle"
     shared = False
 
-    def __init__(self, config: LoRAConfig, backbone: Backbone, *, seed: int = 0) -> None:
+    def __init__(self, config: LoRAPerTaskConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
-        self.selector = OracleSelector()
+        use_selector(self, config.selector)
 
     def route_tensors(self, task: int) -> list[Tensor]:
         """Return the task's own experts: they alone answer it."""

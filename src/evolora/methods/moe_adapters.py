@@ -36,49 +36,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from evolora.backbones.base import Backbone
+from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
 from evolora.experts.mixing import mix
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
-from evolora.methods.base import Method, Routing
+from evolora.methods.base import Method
+from evolora.methods.selectors import SelectorConfig, use_selector
 from evolora.randomness import StepRandom, derive_seed, generator
 from evolora.registry import METHODS
-from evolora.routing.features import ALEXNET_WIDTH, AlexNetFeatures
 from evolora.routing.gates import TaskRouters, load_balance
 from evolora.routing.route import Route
-from evolora.routing.selector import (
-    AlwaysSelector,
-    AutoEncoderSelector,
-    AutoEncoderSelectorConfig,
-    OracleSelector,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoSelectorConfig:
-    """Every input is answered by the one shared router (class-incremental setting).
-
-    Args:
-        type: "none".
-    """
-
-    type: Literal["none"] = "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OracleSelectorConfig:
-    """The true task is told (upper bound).
-
-    Args:
-        type: "oracle".
-    """
-
-    type: Literal["oracle"] = "oracle"
-
-
-SelectorConfig = AutoEncoderSelectorConfig | OracleSelectorConfig | NoSelectorConfig
+from evolora.routing.selector import AutoEncoderSelectorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +63,7 @@ class MoEAdaptersConfig:
         expert: "bottleneck" (ReLU, biases) or "lora" (linear, no biases).
         scale: constant factor of every expert (0.1).
         dropout: on the bottleneck in training (0.1), in [0, 1).
-        towers: towers that get experts; ("vision",) restricts them to images.
+        towers: towers that get experts; ("vision",) restricts them to images; None takes all.
         layers_to_transform: block indices (negative counts from the top); None takes all.
         routers: "per-task", or one "shared" by all tasks (class-incremental setting).
         freeze_top: most used experts per site to freeze when a task ends (2); 0 freezes none.
@@ -103,7 +73,7 @@ class MoEAdaptersConfig:
         noise_at_test: also at test time (the authors' class-incremental runs); fixed seed.
         load_balance: weight of CV^2 of the experts' importance (summed gates) plus CV^2 of their
             load (summed chances to be chosen), per site (authors: 0.01, computed and dropped; 0).
-        selector: who recognises the task.
+        selector: who recognises the task: "auto-encoder" (DDAS), "task-keys", "oracle", or "none".
     """
 
     type: Literal["moe-adapters"] = "moe-adapters"
@@ -113,7 +83,7 @@ class MoEAdaptersConfig:
     expert: Literal["bottleneck", "lora"] = "bottleneck"
     scale: float = 0.1
     dropout: float = 0.1
-    towers: tuple[str, ...] = ("vision", "text")
+    towers: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     routers: Literal["per-task", "shared"] = "per-task"
     freeze_top: int = 2
@@ -240,23 +210,7 @@ class MoEAdapters(Method):
         super().__init__(config, backbone, seed=seed)
         for site in backbone.sites("mlp", towers=config.towers, layers=config.layers_to_transform):
             self.insert(site, MoELayer(site, config, backbone.device))
-        chosen = config.selector
-        self.routing: Routing = "none"
-        if isinstance(chosen, AutoEncoderSelectorConfig):
-            self.routing = "task-free"
-            width = ALEXNET_WIDTH
-            if chosen.feature == "alexnet":
-                shapes_only = backbone.device.type == "meta"
-                weights = None if shapes_only else chosen.feature_path
-                self.extractors["alexnet"] = AlexNetFeatures(weights)
-            else:
-                width = backbone.feature_widths()[chosen.feature]
-            self.selector = AutoEncoderSelector(chosen, width, device=backbone.device)
-        elif isinstance(chosen, OracleSelectorConfig):
-            self.routing = "oracle"
-            self.selector = OracleSelector()
-        else:
-            self.selector = AlwaysSelector(0)
+        use_selector(self, config.selector)
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the layers in order of tower and depth."""
@@ -277,7 +231,7 @@ class MoEAdapters(Method):
         """With a shared router all tasks route as task 0."""
         return 0 if self.config.routers == "shared" else task
 
-    def extra_losses(self) -> dict[str, Tensor]:
+    def extra_losses(self, batch: Batch, embedding: Tensor) -> dict[str, Tensor]:
         """Return the optional load-balancing term."""
         terms = [layer.balance for layer in self.moe_layers() if layer.balance is not None]
         if not terms or self.config.load_balance == 0:

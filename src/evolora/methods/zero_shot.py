@@ -29,3 +29,4 @@ class ZeroShot(Method):
     """The base model with no experts."""
 
     config_class = ZeroShotConfig
+    needs_prompts = True

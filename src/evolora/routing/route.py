@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evolora.errors import RouteError
 from evolora.randomness import StepRandom
+from evolora.routing.spans import Spans
 
 BASE = -1
 """Task index that means: no expert runs, the untouched base model answers."""
@@ -25,12 +26,19 @@ class Route:
         summary: where the vector that speaks for a row is found in a (b, n, d) sequence: "first"
             token, "mean" over tokens, or a (b,) index per row (a text's end token).
         random: randomness of a training step; None outside training (nothing is drawn then).
+        spans: where the modalities stand in a fused sequence; set by the backbone that makes it.
+        queries: (b, m, q) descriptor of each modality of the row, for gates that read the same one
+            at every site; None where they read hidden states.
+        stage: which of a method's passes over the samples this is; "" is the one that answers.
     """
 
     tasks: Tensor
     uniform: int | None = None
     summary: str | Tensor = "first"
     random: StepRandom | None = None
+    spans: Spans | None = None
+    queries: Tensor | None = None
+    stage: str = ""
 
     @classmethod
     def of(
@@ -71,8 +79,15 @@ class Route:
     @cached_property
     def of_active(self) -> Route:
         """The same route for the active rows alone."""
-        summary = self.summary if isinstance(self.summary, str) else self.summary[self.active]
-        return replace(self, tasks=self.tasks[self.active], summary=summary)
+        return self.take(self.active)
+
+    def take(self, rows: Tensor) -> Route:
+        """Return the same route for some of the rows."""
+        summary = self.summary if isinstance(self.summary, str) else self.summary[rows]
+        spans = None if self.spans is None else self.spans.take(rows)
+        queries = None if self.queries is None else self.queries[rows]
+        tasks = self.tasks[rows]
+        return replace(self, tasks=tasks, summary=summary, spans=spans, queries=queries)
 
     def summarize(self, tokens: Tensor) -> Tensor:
         """Return the vector (b, d) that speaks for each row of ``tokens`` (b, n, d)."""

@@ -73,6 +73,28 @@ class OracleSelector(Selector):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoSelectorConfig:
+    """Every input is answered alike: by the one set of experts that all tasks share.
+
+    Args:
+        type: "none".
+    """
+
+    type: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleSelectorConfig:
+    """The true task is told (upper bound).
+
+    Args:
+        type: "oracle".
+    """
+
+    type: Literal["oracle"] = "oracle"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AutoEncoderSelectorConfig:
     """DDAS: distribution discriminative auto-selector (arXiv 2403.11549, section 3.3).
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from evolora.training.config import TrainingConfig
 
 FORMAT = 1
+OPTIONS = ("type", "text_length")
+"""What of a backbone's description decides how its model is wrapped."""
 INDEX, TENSORS, CARD = "evolora.json", "experts.safetensors", "README.md"
 
 
@@ -42,7 +44,12 @@ def save_artefact(learner: Learner, folder: Path) -> None:
         "seed": learner.seed,
         "backbone": learner.backbone.describe(),
         "tasks": [
-            {"name": name, "classes": list(labels.classes), "templates": list(labels.templates)}
+            {
+                "name": name,
+                "classes": list(labels.classes),
+                "templates": list(labels.templates),
+                "multi_label": labels.multi_label,
+            }
             for name, labels in zip(method.task_names, method.labels, strict=True)
         ],
         "tensors": {"file": TENSORS, "sha256": sha256},
@@ -96,7 +103,7 @@ def load_artefact(
 class _Index:
     """What ``evolora.json`` says, see the module docstring."""
 
-    backbone: Mapping[str, str]
+    backbone: Mapping[str, Any]
     method: Mapping[str, Any]
     tasks: tuple[tuple[str, LabelSpace], ...]
     costs: tuple[Cost, ...]
@@ -111,13 +118,18 @@ def _parse(record: Mapping[str, Any]) -> _Index:
 
     return _Index(
         backbone={
-            name: str(record["backbone"][name]) for name in ("class", "name_or_path", "sha256")
+            **{key: record["backbone"][key] for key in OPTIONS if key in record["backbone"]},
+            **{key: str(record["backbone"][key]) for key in ("class", "name_or_path", "sha256")},
         },
         method=dict(record["method"].items()),
         tasks=tuple(
             (
                 str(task["name"]),
-                LabelSpace(classes=tuple(task["classes"]), templates=tuple(task["templates"])),
+                LabelSpace(
+                    classes=tuple(task["classes"]),
+                    templates=tuple(task["templates"]),
+                    multi_label=bool(task.get("multi_label", False)),
+                ),
             )
             for task in record["tasks"]
         ),
@@ -135,19 +147,19 @@ def _backbone(
 ) -> Backbone:
     """Return the artefact's backbone, found or given; refuse any other."""
     from evolora.backbones.base import Backbone
-    from evolora.backbones.clip import DualEncoder
-    from evolora.backbones.loading import load_dual_encoder
+    from evolora.backbones.loading import load_backbone, wrap_model
 
     name = wanted["name_or_path"]
+    options = {key: wanted[key] for key in OPTIONS if key in wanted}
     if model is None and not name:
         raise StorageError(
             f"{folder} was learned on a {wanted['class']} that had no name (weights sha256 "
             f"{wanted['sha256'][:12]}...); pass it as model="
         )
     if model is None:
-        model = load_dual_encoder(name)
+        model = load_backbone(name, **options)
     elif not isinstance(model, Backbone):
-        model = DualEncoder(model, processor, name=name)
+        model = wrap_model(model, processor, name=name, **options)
     if model.fingerprint() != wanted["sha256"]:
         raise StorageError(
             f"{folder} was learned on {wanted['class']} {name!r} with weights "

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from evolora.errors import StorageError
 from evolora.experts.bank import GrowingStack
 from evolora.experts.usage import UsageCounter
+from evolora.methods.reservoir import Reservoir
+from evolora.regularizers.elastic import ElasticMemory
 from evolora.routing.gates import TaskRouters
+
+GROWING = (GrowingStack, UsageCounter, TaskRouters, ElasticMemory, Reservoir)
+"""Modules whose tensors may have more rows (their first axis) than this method's have yet."""
 
 
 def export_state(module: nn.Module) -> dict[str, Tensor]:
@@ -56,7 +61,7 @@ def _check_shapes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             if current is None:
                 continue
             wanted, got = list(current.shape), list(tensors[prefix + key].shape)
-            if isinstance(owner, GrowingStack | UsageCounter | TaskRouters):
+            if isinstance(owner, GROWING):
                 wanted[:1] = got[:1]  # rows grow with the tasks
                 if name in wide and len(got) == len(wanted):
                     wanted[2:] = got[2:]  # routers also follow a growing pool
@@ -79,7 +84,7 @@ def _check_rows(prefix: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _put(owner: nn.Module, key: str, current: Tensor, saved: Tensor) -> None:
-    grows = isinstance(owner, GrowingStack | UsageCounter | TaskRouters)
+    grows = isinstance(owner, GROWING)
     value = saved.to(current.device, current.dtype).clone()
     if isinstance(current, nn.Parameter):
         wants = value.numel() > 0 if grows else current.requires_grad

@@ -1,4 +1,4 @@
-"""One way to read an image, and the two crops that training and evaluation use.
+"""One way to read an image, and how training and evaluation cut it to size.
 
 Whatever a user brings (file, bytes, PIL image, array) becomes a uint8 RGB tensor (3, height,
 width), or one `DataError` that names the source and the reason; what happens to transparency, 16
@@ -81,6 +81,18 @@ def resize_center_crop(
     image = _resize(image, target, interpolation)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     return image[:, top : top + size, left : left + size].contiguous()
+
+
+def resize_square(image: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
+    """Return the whole image resized to (3, size, size), whatever its aspect ratio was.
+
+    Args:
+        image: uint8 (3, height, width).
+        size: side of the result in pixels.
+        interpolation: "bicubic" or "bilinear".
+    """
+    _check_image(image)
+    return _resize(image, (size, size), interpolation).contiguous()
 
 
 def random_resized_crop(

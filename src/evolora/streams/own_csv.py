@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def read_rows(file: Path, splits: Mapping[str, str]) -> list[Row]:
         StreamError: no such file, not text, no header with ``image`` and ``label``, no rows, or bad
             rows: a missing value, an unknown split, an image that is not there.
     """
-    lines = _lines(file)
+    lines = csv_lines(file)
     _, header = next(lines, (0, []))
     columns = [name.strip().lower() for name in header]
     _check_header(file, columns)
@@ -67,15 +67,20 @@ def read_rows(file: Path, splits: Mapping[str, str]) -> list[Row]:
             bad.append(f"line {number}: {fault}")
             continue
         rows.append(_row(file, cells, splits))
-    if bad:
-        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise StreamError(f"{file} has bad rows: {'; '.join(bad[:_SHOWN])}{more}")
+    refuse_bad(file, bad)
     if not rows:
         raise StreamError(f"{file} has a header but no rows")
     return rows
 
 
-def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+def refuse_bad(file: Path, bad: Sequence[str]) -> None:
+    """Raise one StreamError that quotes the first bad rows, if there are any."""
+    if bad:
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise StreamError(f"{file} has bad rows: {'; '.join(bad[:_SHOWN])}{more}")
+
+
+def csv_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values); the separator is the one that the header line uses."""
     text = read_text(file, StreamError)
     header = text.partition("\n")[0]
@@ -105,24 +110,29 @@ def _fault(file: Path, cells: Mapping[str, str], splits: Mapping[str, str]) -> s
     """Return what is wrong with a row, or an empty string."""
     if not cells["image"] or not cells["label"]:
         return f"no {'image' if not cells['image'] else 'label'}"
+    return split_fault(cells, splits) or image_fault(file, cells["image"])
+
+
+def split_fault(cells: Mapping[str, str], splits: Mapping[str, str]) -> str:
+    """Return what is wrong with a row's split, or an empty string."""
     split = cells.get("split", "").lower()
     if split and split not in splits:
         return f"unknown split {split!r}{suggest(split, splits)} (known: {', '.join(splits)})"
-    path = _image_path(file, cells)
+    return ""
+
+
+def image_fault(file: Path, image: str) -> str:
+    """Return what is wrong with an image's path, relative to the file's folder, or nothing."""
     try:
-        return "" if path.is_file() else f"no such image: {cells['image']}"
+        return "" if (file.parent / image).is_file() else f"no such image: {image}"
     except (OSError, ValueError) as error:  # a name that no file can have
-        return f"no such image: {cells['image']!r} ({error})"
-
-
-def _image_path(file: Path, cells: Mapping[str, str]) -> Path:
-    return file.parent / cells["image"]
+        return f"no such image: {image!r} ({error})"
 
 
 def _row(file: Path, cells: Mapping[str, str], splits: Mapping[str, str]) -> Row:
     split = cells.get("split", "").lower()
     return Row(
-        path=_image_path(file, cells),
+        path=file.parent / cells["image"],
         label=cells["label"],
         task=cells.get("task", "") or file.stem,
         split=splits[split] if split else None,

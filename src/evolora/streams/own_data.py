@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from evolora.errors import StreamError
 from evolora.registry import STREAMS
@@ -41,6 +42,16 @@ from evolora.streams.sampling import (
     user_path,
 )
 from evolora.streams.task import LabelSpace, Stream, Task
+
+
+class HasTask(Protocol):
+    """A row of a user's data set."""
+
+    @property
+    def task(self) -> str: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=HasTask)
 
 _LOG = logging.getLogger(__name__)
 
@@ -146,11 +157,24 @@ def _stream(
     seed: int,
     limit: int | None,
 ) -> Stream:
+    by_task = in_order(rows, order, fractions)
+    tasks = tuple(_task(task, part, templates, fractions, seed, limit) for task, part in by_task)
+    return Stream(name=name, tasks=tasks, source=f"{origin} ({len(rows)} images)")
+
+
+def in_order(
+    rows: Sequence[AnyRow], order: Sequence[str] | None, fractions: tuple[float, float]
+) -> list[tuple[str, list[AnyRow]]]:
+    """Return (task, its rows) in the order asked for; None for the order of the rows.
+
+    Raises:
+        StreamError: a task that no row has, or shares to hold out that are none.
+    """
     if not 0 < fractions[0] < 1 or not 0 <= fractions[1] < 1:
         raise StreamError(
             f"test_fraction must be in (0, 1) and val_fraction in [0, 1); got {fractions}"
         )
-    by_task: dict[str, list[Row]] = {}
+    by_task: dict[str, list[AnyRow]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
     wanted = list(by_task) if order is None else list(order)
@@ -160,8 +184,7 @@ def _stream(
 
         what = f"unknown task {unknown[0]!r}{suggest(unknown[0], by_task)}" if unknown else "empty"
         raise StreamError(f"order: {what} (known: {', '.join(by_task)})")
-    tasks = tuple(_task(task, by_task[task], templates, fractions, seed, limit) for task in wanted)
-    return Stream(name=name, tasks=tasks, source=f"{origin} ({len(rows)} images)")
+    return [(task, by_task[task]) for task in wanted]
 
 
 def _task(
@@ -181,7 +204,7 @@ def _task(
     unseen = sorted({row.label for split in ("val", "test") for row in given[split]} - set(raw))
     if unseen:
         raise StreamError(f"task {name!r}: class {unseen[0]!r} has no training image")
-    splits = _held_out(
+    splits = held_out(
         name, {split: _files(part, raw) for split, part in given.items()}, fractions, seed
     )
     labels = LabelSpace(classes=tuple(unique_names(raw)), templates=tuple(templates))
@@ -202,7 +225,7 @@ def _files(rows: Sequence[Row], raw: Sequence[str]) -> ImageFiles:
     )
 
 
-def _held_out(
+def held_out(
     name: str, splits: Mapping[str, Labelled], fractions: tuple[float, float], seed: int
 ) -> dict[str, Labelled]:
     """Fill an absent test split, then an absent val split, from the training samples."""

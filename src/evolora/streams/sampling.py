@@ -11,10 +11,10 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from evolora.errors import DataError, StreamError
-from evolora.streams.task import Example, Examples, LabelSpace, Task
+from evolora.streams.task import Example, Examples, Label, LabelSpace, Task
 
 if TYPE_CHECKING:  # listing the streams' names must not import torch
     import torch
@@ -59,12 +59,12 @@ class Rows:
     Args:
         data: the whole data set.
         indices: rows of ``data``.
-        labels: class index per row as this view gives it.
+        labels: label per row as this view gives it.
     """
 
     data: Examples
     indices: Sequence[int] = field(default_factory=tuple)
-    labels: Sequence[int] = field(default_factory=tuple)
+    labels: Sequence[Label] = field(default_factory=tuple)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -79,7 +79,7 @@ class Labelled(Examples, Protocol):
     """A data set whose labels are known without decoding any sample."""
 
     @property
-    def labels(self) -> Sequence[int]: ...
+    def labels(self) -> Sequence[Label]: ...
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -94,12 +94,14 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def shuffled_by_class(labels: Sequence[int], rng: torch.Generator) -> dict[int, list[int]]:
+def shuffled_by_class(labels: Sequence[Label], rng: torch.Generator) -> dict[int, list[int]]:
     """Return class -> its row numbers in random order; classes come in ascending order."""
     import torch
 
     by_class: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
+        if not isinstance(label, int):
+            raise StreamError(f"one class per sample is needed here; row {row} has {label}")
         by_class.setdefault(label, []).append(row)
     return {
         label: [by_class[label][i] for i in torch.randperm(len(by_class[label]), generator=rng)]
@@ -107,7 +109,7 @@ def shuffled_by_class(labels: Sequence[int], rng: torch.Generator) -> dict[int, 
     }
 
 
-def few_per_class(labels: Sequence[int], shots: int, rng: torch.Generator) -> list[int]:
+def few_per_class(labels: Sequence[Label], shots: int, rng: torch.Generator) -> list[int]:
     """Return at most ``shots`` random rows of each class, in their original order."""
     if shots < 1:
         raise StreamError(f"shots must be at least 1; got {shots}")
@@ -115,15 +117,20 @@ def few_per_class(labels: Sequence[int], shots: int, rng: torch.Generator) -> li
     return sorted(row for rows in by_class.values() for row in rows[:shots])
 
 
-def balanced(labels: Sequence[int], limit: int, rng: torch.Generator) -> list[int]:
+def balanced(labels: Sequence[Label], limit: int, rng: torch.Generator) -> list[int]:
     """Return at most ``limit`` random rows, as equally many per class as there are.
 
     Below one per class, the classes that get a row are drawn at random. Rows keep their order.
+    Samples with several labels: the rule of `evolora.streams.multi_label.balanced_rows`.
     """
     if limit < 1:
         raise StreamError(f"limit must be at least 1; got {limit}")
     if limit >= len(labels):
         return list(range(len(labels)))
+    if several(labels):
+        from evolora.streams.multi_label import balanced_rows
+
+        return balanced_rows(labels, limit, rng)
     import torch
 
     groups = list(shuffled_by_class(labels, rng).values())
@@ -136,16 +143,27 @@ def balanced(labels: Sequence[int], limit: int, rng: torch.Generator) -> list[in
     return sorted(chosen[:limit])
 
 
+def several(labels: Sequence[Label]) -> TypeGuard[Sequence[tuple[int, ...]]]:
+    """Return whether a sample may have several labels."""
+    return len(labels) > 0 and isinstance(labels[0], tuple)
+
+
 def hold_out(
-    labels: Sequence[int], fraction: float, rng: torch.Generator
+    labels: Sequence[Label], fraction: float, rng: torch.Generator
 ) -> tuple[list[int], list[int]]:
     """Return (kept, held) rows: about ``fraction`` of every class is held out.
 
     A class with at least two rows gives at least one and keeps at least one; a class with one row
-    keeps it, so it is learned but not tested. Both lists keep the original order.
+    keeps it, so it is learned but not tested. Both lists keep the original order. Samples with
+    several labels: the rule of `evolora.streams.multi_label.held_rows`.
     """
     if not 0 <= fraction < 1:
         raise StreamError(f"a hold-out fraction must be in [0, 1); got {fraction}")
+    if several(labels):
+        from evolora.streams.multi_label import held_rows
+
+        out = held_rows(labels, fraction, rng) if fraction else set()
+        return [row for row in range(len(labels)) if row not in out], sorted(out)
     kept: list[int] = []
     held: list[int] = []
     for rows in shuffled_by_class(labels, rng).values():
@@ -169,9 +187,15 @@ def limited(data: Labelled, limit: int | None, seed: int, purpose: str) -> Label
 
 
 def make_task(
-    name: str, splits: Mapping[str, Labelled], labels: LabelSpace, limit: int | None, seed: int
+    name: str,
+    splits: Mapping[str, Labelled],
+    labels: LabelSpace,
+    limit: int | None,
+    seed: int,
+    *,
+    modalities: tuple[str, ...] = ("image",),
 ) -> Task:
-    """Return the task of a classification data set.
+    """Return the task of a classification data set, judged by the metric that its labels need.
 
     Args:
         name: task name.
@@ -179,13 +203,22 @@ def make_task(
         labels: its classes and prompts.
         limit: at most so many samples in each split; None for all.
         seed: chooses the samples that a limit keeps.
+        modalities: what its samples may have.
     """
     empty = ImageFiles()
     train, val, test = (
         limited(splits.get(split, empty), limit, seed, f"{name}/{split}")
         for split in ("train", "val", "test")
     )
-    return Task(name=name, train=train, val=val, test=test, labels=labels)
+    return Task(
+        name=name,
+        train=train,
+        val=val,
+        test=test,
+        labels=labels,
+        modalities=modalities,
+        metric="macro-f1" if labels.multi_label else "accuracy",
+    )
 
 
 def readable_name(name: str) -> str:

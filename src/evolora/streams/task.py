@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from evolora.errors import StreamError
 
 LabelProtocol = Literal["task", "seen"]
+Label = int | tuple[int, ...]
+"""A class index; with several labels per sample, a 0 or 1 for each class of the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,7 @@ class Example:
     """
 
     inputs: Mapping[str, Any]
-    label: int | tuple[int, ...]
+    label: Label
     key: str
 
 
@@ -81,7 +85,7 @@ class Task:
         labels: label space of this task alone.
         modalities: the modalities this task's inputs may have.
         metric: name of the metric of a test score: "accuracy" of one class per sample, "macro-f1"
-            of several (see :mod:`evolora.evaluation.metrics`).
+            of several (see :mod:`evolora.evaluation.scores`).
     """
 
     name: str
@@ -144,6 +148,28 @@ class Stream:
             label_protocol=self.label_protocol,
             source=self.source,
         )
+
+
+class Joined:
+    """Data sets one after another, as one."""
+
+    def __init__(self, parts: Sequence[Examples]) -> None:
+        self.parts = tuple(parts)
+        self.starts = [0, *accumulate(len(part) for part in self.parts)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        part, row = self.place(index)
+        return part[row]
+
+    def place(self, index: int) -> tuple[Examples, int]:
+        """Return the data set that a row is of, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"no row {index}: there are {len(self)}")
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part], index - self.starts[part]
 
 
 @dataclass(frozen=True)

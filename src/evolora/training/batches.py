@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import EvoloraError
 from evolora.randomness import StepRandom, derive_seed, generator
-from evolora.streams.task import Example, Examples
+from evolora.streams.task import Example, Examples, Joined
 from evolora.training.config import TrainingConfig
+from evolora.training.replay import Replayed
 from evolora.training.samples import Samples
 
 
@@ -49,6 +50,23 @@ class ShuffledRows:
         return int(self._order[offset])
 
 
+class MixedRows:
+    """New rows and, in even turns, a share of old ones that come after them in the data set."""
+
+    def __init__(self, new: ShuffledRows, old: ShuffledRows, share: float) -> None:
+        self.new, self.old, self.share = new, old, share
+
+    def take(self, start: int, count: int) -> list[int]:
+        """Return the rows at positions start .. start + count of the endless sequence."""
+        return [self._at(position) for position in range(start, start + count)]
+
+    def _at(self, position: int) -> int:
+        before = int(position * self.share)
+        if int((position + 1) * self.share) == before:
+            return self.new.take(position - before, 1)[0]
+        return self.new.rows + self.old.take(before, 1)[0]
+
+
 class TrainingBatches:
     """Iterates over this process's micro-batches of one task from any step on.
 
@@ -61,6 +79,7 @@ class TrainingBatches:
         share: this process's part.
         samples: where samples are remembered, so that results on them are computed once; not used
             where training augments.
+        replayed: samples of earlier tasks that batches are mixed with.
     """
 
     def __init__(
@@ -73,11 +92,18 @@ class TrainingBatches:
         task: int,
         share: Share,
         samples: Samples | None = None,
+        replayed: Replayed | None = None,
     ) -> None:
         self.data, self.backbone, self.config = data, backbone, config
         self.samples = None if config.augment else samples
         self.seed, self.task, self.share = seed, task, share
-        self.rows = ShuffledRows(len(data), seed, "order", task)
+        self.rows: ShuffledRows | MixedRows = ShuffledRows(len(data), seed, "order", task)
+        self.tasks: list[int] = []
+        if replayed is not None:
+            old = ShuffledRows(len(replayed.data), seed, "replay", task)
+            self.rows = MixedRows(self.rows, old, replayed.share)
+            self.data = Joined([data, replayed.data])
+            self.tasks = [task] * len(data) + list(replayed.tasks)
 
     def from_step(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of optimizer steps ``step`` .. ``max_steps``."""
@@ -127,12 +153,33 @@ class TrainingBatches:
         )
         if self.samples is not None:
             batch = self.samples.batch(self.data, rows, task=self.task, examples=examples)
+        else:
+            assert examples is not None
+            batch = self.backbone.collate(
+                examples, task=self.task, random=random if self.config.augment else None
+            )
+        if not self.tasks:
             return batch.with_random(random)
-        assert examples is not None
-        batch = self.backbone.collate(
-            examples, task=self.task, random=random if self.config.augment else None
+        everywhere = self.rows.take(micro_step * size * self.share.count, size * self.share.count)
+        return replace(
+            batch,
+            random=random,
+            tasks=tuple(self.tasks[row] for row in rows),
+            step_tasks=tuple(self.tasks[row] for row in everywhere),
         )
-        return batch if batch.random else batch.with_random(random)
+
+
+def in_turn(feeds: Sequence[TrainingBatches], step: int) -> Iterator[Batch]:
+    """Yield steps of several tasks in turn: overall step s is step s // t of task s % t."""
+    count = len(feeds)
+    micro = feeds[0].config.gradient_accumulation_steps
+    sources = [
+        feed.from_step((step + count - 1 - index) // count) for index, feed in enumerate(feeds)
+    ]
+    total = feeds[0].config.max_steps * count
+    for overall in range(step, total):
+        for _ in range(micro):
+            yield next(sources[overall % count])
 
 
 def evaluation_batches(

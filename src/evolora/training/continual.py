@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evolora.config import RunConfig, load_stream
-from evolora.errors import StorageError, unknown_name
+from evolora.errors import StorageError, StreamError, unknown_name
 from evolora.evaluation.cost import Cost
 from evolora.evaluation.matrix import Matrix
 from evolora.learner import Learner, Progress
@@ -100,7 +100,7 @@ class ContinualRun:
         reporter: Reporter | None = None,
         samples: Samples | None = None,
     ) -> None:
-        from evolora.backbones.loading import load_dual_encoder
+        from evolora.backbones.loading import load_backbone
         from evolora.training.runtime import build_accelerator
 
         self.config, self.folder = config, folder
@@ -113,8 +113,7 @@ class ContinualRun:
         options = {key: value for key, value in config.stream.items() if key != "name"}
         self.stream = stream or load_stream(config.stream["name"], **options)
         self.learner = Learner(
-            backbone
-            or load_dual_encoder(config.backbone.name_or_path, revision=config.backbone.revision),
+            backbone or load_backbone(**asdict(config.backbone)),
             method=config.method,
             training=config.training,
             seed=config.seed,
@@ -149,7 +148,8 @@ class ContinualRun:
         if first >= len(tasks):
             self._finish()  # the run may have been killed before its last files were written
             return self.record.matrix
-        if self.config.evaluation.baseline and self.record.matrix.baseline is None:
+        prompts = self.learner.backbone.answers == "prompts"  # heads answer nothing unlearned
+        if prompts and self.config.evaluation.baseline and self.record.matrix.baseline is None:
             self.record.matrix.set_baseline(self._zero_shot(tasks))
         if self.learner.method.joint:
             self._joint(tasks, progress)
@@ -183,14 +183,20 @@ class ContinualRun:
         """Evaluate every task the protocol can judge now and fill the matrix row."""
         scores: dict[str, float] = {}
         routes: dict[str, dict[str, int]] = {}
+        cases: dict[str, dict[str, float]] = {}
         by_task = self.stream.label_protocol == "task"
         space, offsets = (None, []) if by_task else seen_labels(tasks[: index + 1])
-        for position, task in enumerate(tasks if by_task else tasks[: index + 1]):
+        whole = by_task and self.learner.backbone.answers == "prompts"
+        for position, task in enumerate(tasks if whole else tasks[: index + 1]):
             offset = 0 if by_task else offsets[position]
             result = self.learner.evaluate(task, labels=space, offset=offset)
             scores[task.name], routes[task.name] = result.score, dict(result.routes)
+            cases[task.name] = dict(result.by_case)
         self.record.matrix.set_row(index, scores)
-        self.record.routes.append({"task": tasks[index].name, "routes": routes})
+        entry: dict[str, Any] = {"task": tasks[index].name, "routes": routes}
+        if any(len(found) > 1 for found in cases.values()):
+            entry["scores_by_missing"] = cases
+        self.record.routes.append(entry)
 
     def _note(self, name: str, loss: float | None, learning: float, testing: float) -> None:
         cost = self.learner.costs[-1].to_json()
@@ -378,4 +384,7 @@ def seen_labels(tasks: Sequence[Task]) -> tuple[LabelSpace, list[int]]:
     """Return the union label space of tasks and the index of each task's first class in it."""
     offsets = [sum(len(t.labels.classes) for t in tasks[:i]) for i in range(len(tasks))]
     classes = tuple(name for task in tasks for name in task.labels.classes)
-    return LabelSpace(classes=classes, templates=tasks[0].labels.templates), offsets
+    first = tasks[0].labels
+    if any(task.labels.multi_label != first.multi_label for task in tasks):
+        raise StreamError("tasks of one and of several labels per sample cannot share classes")
+    return replace(first, classes=classes), offsets

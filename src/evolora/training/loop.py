@@ -147,7 +147,7 @@ def _step(
         batch = next(stream)
         assert batch.random is not None
         torch.manual_seed(batch.random.seed)
-        if accelerator.num_processes > 1:
+        if accelerator.num_processes > 1 and batch.labels.dim() == 1:
             batch = replace(batch, step_labels=accelerator.gather(batch.labels))
         last = micro == micro_steps - 1
         with autocast(accelerator.device, config):

@@ -41,10 +41,10 @@ def check_training(config: TrainingConfig, method: Method) -> None:
         reason = f"{method.config.type} trains the weights below every block"
     elif config.augment:
         reason = "training.augment crops at random, each time other pixels; set it to false"
-    elif method.backbone.host.lowest("vision") == 0:
+    elif method.backbone.host.lowest(method.backbone.cached_tower) == 0:
         reason = (
-            "an expert stands in block 0 of the vision tower, nothing is below it; "
-            "limit the experts to higher blocks with method.layers_to_transform"
+            f"an expert stands in block 0 of the {method.backbone.cached_tower} tower, nothing is "
+            "below it; limit the experts to higher blocks with method.layers_to_transform"
         )
     if reason:
         raise ConfigError(f"training.prefix_cache: {config.prefix_cache} is not possible: {reason}")

@@ -1,4 +1,4 @@
-"""Reading samples once: a row's label and content are remembered, its crop while there is room."""
+"""Reading samples once: label and content are remembered, what was prepared while there is room."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from evolora.backbones.base import Backbone, Batch, LazyInputs
+from evolora.backbones.batch import label_tensor
 from evolora.backbones.memory import Known, Memory
-from evolora.streams.task import Example, Examples, Subset
+from evolora.streams.task import Example, Examples, Joined, Subset
 
 DIGEST_BYTES = 16
 
@@ -23,13 +23,15 @@ class Sample:
 
     Args:
         label, key: as its :class:`Example` has them.
-        content: digest of its prepared form. Two samples of equal pixels share all results; two of
+        content: digest of its prepared form. Two samples of equal content share all results; two of
             an equal key need not have anything in common.
+        modalities: those it has.
     """
 
     label: int | tuple[int, ...]
     key: str
     content: bytes
+    modalities: tuple[str, ...]
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Samples:
 
     Args:
         backbone: prepares samples.
-        memory: where crops and results are kept.
+        memory: where prepared samples and results are kept.
     """
 
     def __init__(self, backbone: Backbone, memory: Memory) -> None:
@@ -70,7 +72,7 @@ class Samples:
             task: index of the task, in training.
             examples: the rows as they were read already (by worker processes).
         """
-        fresh: dict[int, Tensor] = {}
+        fresh: dict[int, Mapping[str, Tensor]] = {}
         samples = []
         for place, row in enumerate(rows):
             sample = self._remembered(data, row)
@@ -80,18 +82,22 @@ class Samples:
             samples.append(sample)
 
         def read(places: Sequence[int]) -> Mapping[str, Tensor]:
-            crops = [
-                fresh[place] if place in fresh else self._crop(data, rows[place], samples[place])
-                for place in places
-            ]
-            return self.backbone.inputs_of(crops)
+            return self.backbone.inputs_of(
+                [
+                    fresh[place]
+                    if place in fresh
+                    else self._again(data, rows[place], samples[place])
+                    for place in places
+                ]
+            )
 
         return Batch(
             inputs=LazyInputs(self.backbone.input_names, range(len(samples)), read),
-            labels=torch.tensor([s.label for s in samples], device=self.backbone.device),
+            labels=label_tensor([s.label for s in samples], self.backbone.device),
             keys=tuple(s.key for s in samples),
             task=task,
             known=Known(samples=tuple(s.content for s in samples), memory=self.memory),
+            present=self.backbone.present([s.modalities for s in samples]),
         )
 
     def _remembered(self, data: Examples, row: int) -> Sample | None:
@@ -99,19 +105,23 @@ class Samples:
         known = self._known.get(id(data))
         return known.read.get(row) if known is not None else None
 
-    def _meet(self, data: Examples, row: int, example: Example) -> tuple[Sample, Tensor]:
+    def _meet(
+        self, data: Examples, row: int, example: Example
+    ) -> tuple[Sample, Mapping[str, Tensor]]:
         """Prepare a row that was not read before, and remember it."""
-        crop = self.backbone.prepare(example)
-        digest = hashlib.blake2b(
-            crop.cpu().contiguous().numpy().data, digest_size=DIGEST_BYTES
-        ).digest()
-        sample = Sample(label=example.label, key=example.key, content=digest)
-        self.memory.crops.put(digest, crop)
+        prepared = self.backbone.prepare(example)
+        sample = Sample(
+            label=example.label,
+            key=example.key,
+            content=_digest(prepared),
+            modalities=tuple(prepared),
+        )
+        self._keep(sample.content, prepared)
         rows = self._rows_of(data, row)
         if rows is not None:
             known, origin = rows
             known.read[origin] = sample
-        return sample, crop
+        return sample, prepared
 
     def _rows_of(self, data: Examples, row: int) -> tuple[_Rows, int] | None:
         """Return what is remembered of the data set and the row within it.
@@ -129,16 +139,34 @@ class Samples:
             self._known[address] = _Rows(reference)
         return self._known[address], row
 
-    def _crop(self, data: Examples, row: int, sample: Sample) -> Tensor:
-        crop = self.memory.crops.get(sample.content)
-        if crop is None:
-            crop = self.backbone.prepare(data[row])
-            self.memory.crops.put(sample.content, crop)
-        return crop
+    def _again(self, data: Examples, row: int, sample: Sample) -> Mapping[str, Tensor]:
+        """Return a row's prepared form as it is kept, or read it again."""
+        kept = {name: self.memory.crops.get((sample.content, name)) for name in sample.modalities}
+        found = {name: value for name, value in kept.items() if value is not None}
+        if len(found) == len(kept):
+            return found
+        prepared = self.backbone.prepare(data[row])
+        self._keep(sample.content, prepared)
+        return prepared
+
+    def _keep(self, content: bytes, prepared: Mapping[str, Tensor]) -> None:
+        for name, value in prepared.items():
+            self.memory.crops.put((content, name), value)
+
+
+def _digest(prepared: Mapping[str, Tensor]) -> bytes:
+    """Return a digest of all a sample has; a missing modality differs from any that is there."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name, value in sorted(prepared.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.cpu().contiguous().numpy().data)
+    return digest.digest()
 
 
 def _origin(data: Examples, row: int) -> tuple[Examples, int]:
     """Return the data set a row really comes from: subsets are made anew for every use."""
+    if isinstance(data, Joined):
+        return _origin(*data.place(row))
     if isinstance(data, Subset):
         return _origin(data.data, data.indices[row])
     return data, row

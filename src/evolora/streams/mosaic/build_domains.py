@@ -18,7 +18,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,31 @@ from evolora.errors import DataError
 from evolora.streams.mosaic import render
 from evolora.streams.mosaic.licenses import license_text
 from evolora.streams.mosaic.samples import SEED, SPLITS, Sample, Size
-from evolora.streams.mosaic.suite import DOMAINS, Domain
+from evolora.streams.mosaic.suite import DOMAINS
 
 Progress = Callable[[str], None]
 FORMAT_VERSION = 1
+S = TypeVar("S", bound=Sample)
 
 
-def keep_usable(samples: Iterable[Sample]) -> list[Sample]:
+class Described(Protocol):
+    """A row of a suite's table, as far as the manifest tells of it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def templates(self) -> tuple[str, ...]: ...
+    @property
+    def licence(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def split_rule(self) -> str: ...
+
+
+def keep_usable(samples: Iterable[S]) -> list[S]:
     """Returns the samples of the classes that have at least two train and one test picture."""
     by_class: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     kept = list(samples)
@@ -44,7 +62,7 @@ def keep_usable(samples: Iterable[Sample]) -> list[Sample]:
     return [sample for sample in kept if sample.name in usable]
 
 
-def balanced(samples: Sequence[Sample], cap: int | None, seed: str) -> list[Sample]:
+def balanced(samples: Sequence[S], cap: int | None, seed: str) -> list[S]:
     """Returns at most `cap` samples, shuffled, taking turns among classes, then among families."""
     order = list(samples)
     random.Random(seed).shuffle(order)
@@ -88,8 +106,7 @@ def build(
     """
     from safetensors.numpy import save
 
-    if size not in ("compact", "large"):
-        raise DataError(f"size is {size!r}; allowed: 'compact', 'large'")
+    check_size(size)
     drawn = _Drawn()
     rows = []
     for number, domain in enumerate(DOMAINS):
@@ -100,12 +117,17 @@ def build(
             part = [sample for sample in samples if sample.split == split]
             for sample in balanced(part, cap, f"{SEED}/{domain.name}/{split}"):
                 drawn.add(sample, number, classes.index(sample.name))
-        rows.append(_describe(domain, classes))
+        rows.append(describe(domain, classes))
         if progress:
             progress(f"{domain.name}: {len(classes)} classes, {len(drawn.files)} images so far")
     manifest = {"size": size, "domains": rows, "families": drawn.families}
-    terms = license_text(((d.name, d.source, d.licence) for d in DOMAINS), cache)
-    return _write(out, save(drawn.tensors()), manifest, terms)
+    return write_stream(out, "domains", save(drawn.tensors()), manifest, cache)
+
+
+def check_size(size: str) -> None:
+    """Raises DataError for anything but the two sizes."""
+    if size not in ("compact", "large"):
+        raise DataError(f"size is {size!r}; allowed: 'compact', 'large'")
 
 
 class _Drawn:
@@ -138,36 +160,47 @@ class _Drawn:
         }
 
 
-def _describe(domain: Domain, classes: list[str]) -> dict[str, Any]:
+def describe(part: Described, classes: list[str]) -> dict[str, Any]:
+    """Returns what the manifest says of a domain or task."""
     return {
-        "name": domain.name,
-        "title": domain.title,
+        "name": part.name,
+        "title": part.title,
         "classes": classes,
-        "templates": list(domain.templates),
-        "license": domain.licence,
-        "source": domain.source,
-        "split_rule": domain.split_rule,
+        "templates": list(part.templates),
+        "license": part.licence,
+        "source": part.source,
+        "split_rule": part.split_rule,
     }
 
 
-def _write(out: Path, data: bytes, manifest: dict[str, Any], licenses: str) -> Path:
-    """Writes the three files by temp + rename, the manifest last."""
+def write_stream(
+    out: Path, stem: str, data: bytes, manifest: dict[str, Any], cache: Path | None
+) -> Path:
+    """Writes `<stem>.safetensors`, `LICENSES.md` and, last, `<stem>.json` by temp + rename.
+
+    Args:
+        out: folder, made if missing.
+        stem: name of the stream below `mosaic/`.
+        data: content of the safetensors file.
+        manifest: what the JSON says besides format, name, seed and checksum.
+        cache: folder of the registry packages, for the terms of their content.
+    """
     out.mkdir(parents=True, exist_ok=True)
     head = {
         "format_version": FORMAT_VERSION,
-        "name": "mosaic/domains",
+        "name": f"mosaic/{stem}",
         "image_size": render.IMAGE_SIZE,
         "seed": SEED,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     text = json.dumps({**head, **manifest}, ensure_ascii=False, indent=1) + "\n"
     files = {
-        "domains.safetensors": data,
-        "LICENSES.md": licenses.encode(),
-        "domains.json": text.encode(),
+        f"{stem}.safetensors": data,
+        "LICENSES.md": license_text(cache).encode(),
+        f"{stem}.json": text.encode(),
     }
     for name, content in files.items():
         temporary = out / f".{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, out / name)
-    return out / "domains.json"
+    return out / f"{stem}.json"

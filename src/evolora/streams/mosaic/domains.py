@@ -7,28 +7,18 @@ domain has to be recognised across drawing styles. ``evolora data build`` makes 
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from evolora.assets import ROOT
-from evolora.errors import StreamError
 from evolora.registry import STREAMS
+from evolora.streams.mosaic.reading import SPLITS, decode_image, read_packed
 from evolora.streams.sampling import Labelled, limited, make_task
 from evolora.streams.task import Example, LabelSpace, Stream, Task
-
-SPLITS = ("train", "val", "test")
-FORMATS = ("PNG", "WEBP")
-"""What pictures are packed as; PIL need not try all others first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +40,11 @@ class PackedImages:
 
     def __getitem__(self, index: int) -> Example:
         row = int(self.rows[index])
-        start, stop = self.packed["offsets"][row : row + 2].tolist()
-        encoded = self.packed["bytes"][start:stop].numpy().tobytes()
-        pixels = np.asarray(Image.open(io.BytesIO(encoded), formats=FORMATS).convert("RGB"))
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        label = int(self.packed["label"][row])
-        return Example(inputs={"image": image}, label=label, key=f"{self.name}/{row}")
+        return Example(
+            inputs={"image": decode_image(self.packed, row)},
+            label=int(self.packed["label"][row]),
+            key=f"{self.name}/{row}",
+        )
 
     @property
     def labels(self) -> Sequence[int]:
@@ -86,8 +75,7 @@ def load(
         test_limit: the same for the test splits alone.
         seed: of the class-balanced choice.
     """
-    folder = Path(root) if root is not None else ROOT / "mosaic"
-    packed, info = _read(folder)
+    packed, info = read_packed(root, "domains")
     tasks = tuple(
         _task(packed, domain, index, limit, test_limit, seed)
         for index, domain in enumerate(info["domains"])
@@ -116,23 +104,3 @@ def _task(
     splits["test"] = limited(splits["test"], test_limit, seed, f"{domain['name']}/test")
     labels = LabelSpace(classes=tuple(domain["classes"]), templates=tuple(domain["templates"]))
     return make_task(domain["name"], splits, labels, limit, seed)
-
-
-@lru_cache(maxsize=2)
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        info = json.loads((folder / "domains.json").read_text(encoding="utf-8"))
-        packed = load_file(folder / "domains.safetensors")
-    except FileNotFoundError as error:
-        raise StreamError(
-            f"no mosaic/domains in {folder}: {Path(error.filename).name} is missing; "
-            "make it with: evolora data build mosaic/domains --out DIR"
-        ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise StreamError(f"mosaic/domains in {folder} cannot be read: {error}") from error
-    if info.get("format_version") != 1:
-        raise StreamError(f"{folder / 'domains.json'}: format_version 1 expected")
-    return packed, info

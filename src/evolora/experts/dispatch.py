@@ -48,7 +48,7 @@ class Thresholds:
     gather_max_rank_per_token: float = 2.0
     stacked_max_rows_single: int = 128
     stacked_max_rows_token: int = 64
-    segments_min_rows: int = 16
+    segments_min_rows: int = 12
     fold_min_tokens: int = 2048
 
 

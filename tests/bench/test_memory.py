@@ -54,7 +54,7 @@ def test_a_loop_that_weights_full_outputs_keeps_one_per_expert() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_the_peak_rises_by_what_a_call_has_in_use_at_once() -> None:
-    """In a process of its own: a heap that others have filled may serve a block from what it has."""
+    """In a process of its own: the heap of this one may serve a block from what it has."""
     code = """
 import torch
 from evolora.bench.memory import peak_rise

@@ -156,11 +156,15 @@ def measure(session: Session) -> None:
         ("a route per token, e = 64", per_token),
     ):
         made = case(shape, s)
-        comparison = session.compare(title, made.variants(), made.inputs, rounds=s.either(9, 5))
+        comparison = session.compare(
+            title, made.variants(), made.inputs, rounds=s.either(9, 3), memory=not s.quick
+        )
     ratio = comparison.ratio(CHOSEN, "step")
     session.goal("token-step", ratio.median if ratio else None)
-    for title, axis, shapes in sweeps(center, quick=s.quick):
-        session.sweep(title, axis, list(shapes), builder(shapes, s), rounds=s.either(5, 3))
+    if s.quick:
+        return
+    for title, axis, shapes in sweeps(center):
+        session.sweep(title, axis, list(shapes), builder(shapes, s), rounds=5)
 
 
 def builder(
@@ -175,12 +179,10 @@ def builder(
     return build
 
 
-def sweeps(center: Shape, *, quick: bool) -> Sequence[tuple[str, str, dict[str, Shape]]]:
+def sweeps(center: Shape) -> Sequence[tuple[str, str, dict[str, Shape]]]:
     """Return (title, axis, shape by label) of every sweep around a shape."""
-    pools = (8, 64) if quick else (4, 8, 16, 32, 64, 128)
+    pools = (4, 8, 16, 32, 64, 128)
     by_pool = {str(e): replace(center, experts=e) for e in pools}
-    if quick:
-        return [("pool, a route per sample", "e", by_pool)]
     by_pool_token = {str(e): replace(center, experts=e, per_token=True) for e in pools[1:]}
     by_rank = {str(r): replace(center, r=r) for r in (4, 8, 16, 64)}
     by_k = {str(k): replace(center, k=k) for k in (1, 2, 4)}

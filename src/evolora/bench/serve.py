@@ -83,7 +83,7 @@ def serving(backbone: DualEncoder, x: Tensor, adapters: int) -> list[Variant]:
 def recognising(session: Session) -> None:
     """Time the auto-encoders of 16 tasks, on features of a forward that runs anyway."""
     s = session.settings
-    layers, batch = s.layers or 12, s.batch or s.either(8, 4)
+    layers, batch = s.layers or 12, s.batch or s.either(8, 2)
     backbone = build(s, layers)
     width = backbone.feature_widths()["layers"]
     scorer = AutoEncoderBank(width, 64, device=session.device)

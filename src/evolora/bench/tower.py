@@ -58,7 +58,8 @@ def measure(session: Session) -> None:
         *moe(backbone, inputs[0], EXPERTS),
     ]
     title = f"{layers} layers of ViT-B/16, {batch} images, {s.dtype}"
-    report(session, session.compare(title, variants, inputs, rounds=s.either(7, 3)))
+    rounds, memory = s.either(7, 3), not s.quick
+    report(session, session.compare(title, variants, inputs, rounds=rounds, memory=memory))
     grow(session)
 
 

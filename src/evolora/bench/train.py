@@ -52,7 +52,7 @@ HALF_ERROR = 1e-2
 def measure(session: Session) -> None:
     """Time steps on images with ever fewer layers adapted, then steps with class prompts."""
     s = session.settings
-    layers, batch = s.layers or 4, s.batch or s.either(4, 2)
+    layers, batch = s.layers or 4, s.batch or s.either(4, 1)
     backbone = build(s, layers, text_layers=s.either(4, 1))
     images = [pixels(replace(s, seed=seed), batch) for seed in range(s.either(3, 2))]
     caches = s.either(CACHES, CACHES[1:2])

@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from evolora.answering import Answer
-    from evolora.learner import Evaluation, Learner
+    from evolora.evaluation.tally import Evaluation
+    from evolora.learner import Learner
     from evolora.methods.coda_prompt import CodaPromptConfig as CodaPrompt
     from evolora.methods.delo import DeLoConfig as DeLo
     from evolora.methods.er import ERConfig as ER
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Answer": ("evolora.answering", "Answer"),
-    "Evaluation": ("evolora.learner", "Evaluation"),
+    "Evaluation": ("evolora.evaluation.tally", "Evaluation"),
     "CodaPrompt": ("evolora.methods.coda_prompt", "CodaPromptConfig"),
     "DeLo": ("evolora.methods.delo", "DeLoConfig"),
     "ER": ("evolora.methods.er", "ERConfig"),

@@ -16,7 +16,7 @@ from evolora.answering import Answer, answer_inputs, answerer
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError, unknown_name
 from evolora.evaluation.cost import Cost, measure_cost
-from evolora.evaluation.tally import tally_for
+from evolora.evaluation.tally import Evaluation, tally_for
 from evolora.methods.base import Method, Objective
 from evolora.registry import METHODS
 from evolora.routing.route import BASE
@@ -34,23 +34,6 @@ from evolora.training.samples import Samples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How one task's test set was answered.
-
-    Args:
-        score: the task's metric, in [0, 1].
-        samples: number of test samples.
-        routes: who answered ("base", a task's name, "shared") -> number of samples.
-        by_case: the score over complete samples and over those that lack a modality.
-    """
-
-    score: float
-    samples: int
-    routes: Mapping[str, int]
-    by_case: Mapping[str, float]
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,23 @@ from torch import Tensor
 from evolora.backbones.batch import Batch
 from evolora.evaluation.scores import label_counts, macro_f1_of_counts
 from evolora.streams.missing import CODE_NAMES, LOST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How one task's test set was answered.
+
+    Args:
+        score: the task's metric, in [0, 1].
+        samples: number of test samples.
+        routes: who answered ("base", a task's name, "shared") -> number of samples.
+        by_case: the score over complete samples and over those that lack a modality.
+    """
+
+    score: float
+    samples: int
+    routes: Mapping[str, int]
+    by_case: Mapping[str, float]
 
 
 def cases(batch: Batch) -> Tensor:

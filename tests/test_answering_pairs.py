@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import make_backbone  # noqa: F401
 from tests.methods.pairs import pair_learner, pair_task
 
 from evolora.errors import DataError
@@ -54,7 +53,7 @@ def test_what_cannot_be_answered_is_refused(learned: Learner, images, texts, mes
         learned.predict(images, texts)
 
 
-def test_a_text_for_a_model_that_sees_none(make_backbone) -> None:  # noqa: F811
+def test_a_text_for_a_model_that_sees_none(make_backbone) -> None:
     learner = Learner(make_backbone(), method=DeLoConfig(num_factors=4, r=2))
     with pytest.raises(DataError, match="this model sees no text, only image"):
         learner.predict(texts="a red dot")

@@ -84,6 +84,7 @@ class Method(nn.Module):
         heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
         head_mode: which heads answer: that of the "selected" task, or those of "all_seen" tasks.
             Methods that know no task ask all of them.
+        query_feature: feature of the untouched model that routes carry as ``queries``, or None.
         reservoir: which samples of earlier tasks are replayed in training; None replays none. Heads
             of replayed tasks go on learning.
 
@@ -122,6 +123,7 @@ class Method(nn.Module):
         if backbone.answers == "heads":
             self.heads = TaskHeads(backbone.parts, self.labels, device=backbone.device)
         self.head_mode: HeadMode = "selected"
+        self.query_feature: str | None = None
         self.reservoir: Reservoir | None = None
         self.objective = Objective()
         self.reuse = True  # what lies below the experts is computed once (training.prefix_cache)
@@ -228,9 +230,14 @@ class Method(nn.Module):
         """
         summary, random = self.backbone.vision_summary, batch.random
         if isinstance(tasks, Tensor):
-            return Route(tasks, summary=summary, random=random)
-        device = self.backbone.device
-        return Route.of(tasks, len(batch), device=device, summary=summary, random=random)
+            route = Route(tasks, summary=summary, random=random)
+        else:
+            device = self.backbone.device
+            route = Route.of(tasks, len(batch), device=device, summary=summary, random=random)
+        if self.query_feature is None:
+            return route
+        queries = (encoded or self.backbone.encode_base(batch)).features[self.query_feature]
+        return replace(route, queries=queries if queries.dim() == 3 else queries.unsqueeze(1))
 
     def weights(self) -> AbstractContextManager[None]:
         """Context in which the backbone runs with this method's own weights. Default: its own."""

@@ -14,13 +14,13 @@ classes of a training loss are the current task's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.experts.prompt_pool import PromptPool
 from evolora.experts.prompts import PromptLayer, PromptSite
@@ -85,6 +85,7 @@ class CodaPrompt(Method):
     def __init__(self, config: CodaPromptConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
         self.selector = AlwaysSelector(0)
+        self.query_feature = "pooled"  # its embedding by the untouched model
         width, device = backbone.feature_widths()["pooled"], backbone.device
         self.insert_prompts(
             {
@@ -108,14 +109,6 @@ class CodaPrompt(Method):
     def expert_task(self, task: int) -> int:
         """Components of all tasks answer together."""
         return 0
-
-    def make_route(
-        self, tasks: Tensor | int, batch: Batch, encoded: Encoded | None = None
-    ) -> Route:
-        """Return the route with each row's query: its embedding by the untouched model."""
-        found = encoded or self.backbone.encode_base(batch)
-        route = super().make_route(tasks, batch, encoded)
-        return replace(route, queries=found.features["pooled"].unsqueeze(1))
 
     def extra_losses(self, batch: Batch, embedding: Tensor) -> dict[str, Tensor]:
         """Return the orthogonality term, summed over blocks."""

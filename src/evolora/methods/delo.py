@@ -23,14 +23,14 @@ in both directions, exact task keys per sample, masked means, CLIP as two stream
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import Backbone, Batch
 from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
 from evolora.experts.bank import Factors
@@ -285,6 +285,8 @@ class DeLo(Method):
                 self.insert(site, DeLoLayer(site, config, self.queries, width, backbone.device))
             if isinstance(backbone, Vilt):
                 backbone.watch_blocks(backbone.towers[0], self.queries.see)
+        if self.layers and not self.by_block:
+            self.query_feature = "modalities"
         assert config.selector is not None
         use_selector(self, config.selector)
 
@@ -310,16 +312,6 @@ class DeLo(Method):
                 own = torch.arange(task * rows, (task + 1) * rows, device=stack.slot.device)
                 found.append(stack.take(own))
         return found
-
-    def make_route(
-        self, tasks: Tensor | int, batch: Batch, encoded: Encoded | None = None
-    ) -> Route:
-        """Return the route, with queries of the untouched model where blocks give none."""
-        route = super().make_route(tasks, batch, encoded)
-        if self.by_block or not self.layers:
-            return route
-        found = encoded or self.backbone.encode_base(batch)
-        return replace(route, queries=found.features["modalities"])
 
     def training_logits(
         self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int

@@ -15,14 +15,14 @@ of the prompts' outputs; heads and losses of the library.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.experts.prompts import PromptLayer, PromptSite
 from evolora.methods.base import Method
@@ -115,6 +115,7 @@ class L2P(Method):
     def __init__(self, config: L2PConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
         self.selector = AlwaysSelector(0)
+        self.query_feature = "pooled"  # its embedding by the untouched model
         (site,) = backbone.prompt_sites((config.layer,))
         draw, width = generator(seed, "l2p"), backbone.feature_widths()["pooled"]
         self.pool = L2PLayer(site, config, width, draw, backbone.device)
@@ -123,14 +124,6 @@ class L2P(Method):
     def expert_task(self, task: int) -> int:
         """All tasks share the pool."""
         return 0
-
-    def make_route(
-        self, tasks: Tensor | int, batch: Batch, encoded: Encoded | None = None
-    ) -> Route:
-        """Return the route with each row's query: its embedding by the untouched model."""
-        found = encoded or self.backbone.encode_base(batch)
-        route = super().make_route(tasks, batch, encoded)
-        return replace(route, queries=found.features["pooled"].unsqueeze(1))
 
     def extra_losses(self, batch: Batch, embedding: Tensor) -> dict[str, Tensor]:
         """Return the pull term of the rows that just took prompts."""

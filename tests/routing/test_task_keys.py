@@ -80,8 +80,52 @@ def test_nothing_learned_goes_to_the_base() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "text"), [({"decay": 1.0}, "decay"), ({"group_size": 0}, "group")]
+    ("given", "text"),
+    [({"decay": 1.0}, "decay"), ({"group_size": 0}, "group"), ({"shrinkage": 0.0}, "shrink")],
 )
 def test_wrong_settings(given: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         TaskKeySelectorConfig(**given)
+
+
+def spread_tasks(seed: int, *means: float) -> list[Tensor]:
+    """Return tasks that differ a little in a quiet direction; a loud one says nothing."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(200, 2, 3, generator=draw) for _ in means]
+    loud = torch.tensor([10.0, 0.1, 0.1])
+    return [n * loud + torch.tensor([0.0, mean, 1.0]) for n, mean in zip(noise, means, strict=True)]
+
+
+def test_distances_in_units_of_the_spread_within_tasks() -> None:
+    """Against the plain formula; the loud direction is the one that cosines follow."""
+    tasks, unseen = spread_tasks(0, 0.0, 1.0, 2.0), spread_tasks(1, 0.0, 1.0, 2.0)
+    selector = taught(*tasks, metric="mahalanobis", shrinkage=1e-4)
+    rows, owner = torch.cat(unseen), torch.arange(3).repeat_interleave(200)
+    found = torch.tensor(chosen(selector, rows))
+    centred = torch.cat([task - task.mean(0) for task in tasks])
+    wanted = torch.zeros(600, 3, dtype=torch.float64)
+    for modality in range(2):
+        spread = centred[:, modality].double()
+        covariance = spread.T @ spread / 600
+        shrunk = 0.9999 * covariance + 1e-4 * covariance.diagonal().mean() * torch.eye(3)
+        for index, task in enumerate(tasks):
+            away = (rows[:, modality] - task[:, modality].mean(0)).double()
+            wanted[:, index] -= ((away @ torch.linalg.inv(shrunk)) * away).sum(1) / 2
+    torch.testing.assert_close(selector.nearness(rows), wanted.float(), rtol=1e-3, atol=1e-3)
+    assert (found == owner).float().mean() > 0.98
+    plain = torch.tensor(chosen(taught(*tasks), rows))
+    assert (plain == owner).float().mean() < 0.75  # cosine follows the loud direction
+
+
+def test_spread_with_missing_modalities_and_a_task_of_one_sample() -> None:
+    first, second = spread_tasks(2, 0.0, 1.0)
+    second[:, 1] = NAN
+    selector = taught(first, second, second[:1] + 1.0, metric="mahalanobis")
+    rows = torch.cat([first[:5], second[:5]])
+    assert torch.isfinite(selector.nearness(rows[:5])).all()
+    assert chosen(selector, rows[3:4]) == chosen(selector, rows)[3:4]
+    copy = TaskKeySelector(TaskKeySelectorConfig(metric="mahalanobis"), 2, 3)
+    copy.keys.grow(torch.zeros(3, *selector.keys.shape))
+    copy.keys.freeze(range(3))
+    copy.load_state_dict(selector.state_dict())
+    assert torch.equal(copy.nearness(rows), selector.nearness(rows))

@@ -3,11 +3,15 @@
     K_t^m = mean of u_m over the training samples of task t that have modality m
     S_t = mean over the modalities that the input has of cos(u_m, K_t^m) ;   t* = argmax S_t
 
+or, with ``metric: mahalanobis``, S_t = -|W_m (u_m - K_t^m)|^2, where W_m^T W_m is the inverse of
+the covariance that u_m has within tasks: what differs inside every task tells little between them.
+
 u_m is a descriptor of the frozen base with no expert running, so keys neither drift nor depend on
 the task they shall tell. Source: DeLo's task-key memory (arXiv 2603.01632); what is ours: exact
 means, one decision per sample for the whole model, tasks that were not seen cannot win. The
 released code keeps 72 keys per task as moving averages from zero, lets each vote for the whole
-batch, and never updates them.
+batch, and never updates them. The shared covariance is that of streaming discriminant analysis
+(Hayes and Kanan, arXiv 1909.01520), of tasks in place of classes.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ class TaskKeySelectorConfig:
         keys: "mean" over all training samples, or "ema": a moving average from zero over batches,
             as the released code means to keep.
         decay: of the moving average (0.99).
+        metric: "cosine" (DeLo's), or "mahalanobis": distances in units of the spread within tasks,
+            summed over all tasks; keeps m * f * f values more, whatever the number of tasks.
+        shrinkage: share of the covariance that is replaced by its mean variance, in (0, 1].
         per_case: a key for complete inputs and one for each set of modalities left, besides the
             task's own; an input is compared with the key of its case where the task has one.
         group_size: rows decided together by majority; 1 decides each alone. The released code takes
@@ -47,12 +54,16 @@ class TaskKeySelectorConfig:
     type: Literal["task-keys"] = "task-keys"
     keys: Literal["mean", "ema"] = "mean"
     decay: float = 0.99
+    metric: Literal["cosine", "mahalanobis"] = "cosine"
+    shrinkage: float = 0.1
     per_case: bool = False
     group_size: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay < 1.0:
             raise ConfigError(f"decay must be in [0, 1); got {self.decay}")
+        if not 0.0 < self.shrinkage <= 1.0:
+            raise ConfigError(f"shrinkage must be in (0, 1]; got {self.shrinkage}")
         if self.group_size < 1:
             raise ConfigError(f"group_size must be at least 1; got {self.group_size}")
 
@@ -82,9 +93,18 @@ class TaskKeySelector(Selector):
         # Row: the key of all inputs, then one for each set of modalities that is there (bit mask).
         cases = 2**modalities if config.per_case else 1
         self.keys = GrowingStack(cases, modalities, width, device=device)
+        self.scatter: Tensor | None
+        self.whitening: Tensor | None
+        self.counts: Tensor | None
+        square = torch.zeros(modalities, width, width, device=device)
+        used = config.metric == "mahalanobis"
+        self.register_buffer("scatter", square if used else None)
+        self.register_buffer("whitening", square.clone() if used else None)
+        self.register_buffer("counts", torch.zeros(modalities, device=device) if used else None)
 
     def learn(self, task: int, train: Tensor, held_out: Tensor, seed: int) -> None:
         """Keep the mean descriptor of each modality, over the samples (n, m, f) that have it."""
+        self._learn_spread(train)
         rows = [self._key(train)]
         for case in range(1, self.keys.shape[0]):
             rows.append(self._key(train[_cases(train) == case]))
@@ -92,7 +112,7 @@ class TaskKeySelector(Selector):
         self.keys.freeze(range(len(self.keys)))
 
     def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
-        """Return the nearest learned task of each row; scores are 1 - S."""
+        """Return the nearest learned task of each row; scores are 1 - S, or distances."""
         if len(self.keys) == 0:
             return Selection(tasks=torch.full((rows,), BASE, dtype=torch.long))
         inputs = features["modalities"]
@@ -101,7 +121,8 @@ class TaskKeySelector(Selector):
         if self.config.group_size > 1:
             groups = torch.split(tasks, self.config.group_size)
             tasks = torch.cat([group.mode().values.expand(len(group)) for group in groups])
-        return Selection(tasks=tasks, scores=1.0 - nearness)
+        nearest = 1.0 if self.whitening is None else 0.0
+        return Selection(tasks=tasks, scores=nearest - nearness)
 
     def nearness(self, inputs: Tensor) -> Tensor:
         """Return S (b, t) of descriptors (b, m, f)."""
@@ -110,8 +131,35 @@ class TaskKeySelector(Selector):
         if self.config.per_case:
             own = keys[:, _cases(inputs)].transpose(0, 1)
             wanted = torch.where(own.isnan(), wanted, own)
-        cosine = F.cosine_similarity(inputs.unsqueeze(1), wanted, dim=3)  # (b, t, m)
-        return cosine.nanmean(dim=2).nan_to_num(nan=-torch.inf)
+        if self.whitening is None:
+            near = F.cosine_similarity(inputs.unsqueeze(1), wanted, dim=3)  # (b, t, m)
+        else:
+            away = (inputs.unsqueeze(1) - wanted).transpose(1, 2).transpose(0, 1)  # (m, b, t, f)
+            whitening = self.whitening.to(inputs.device, inputs.dtype)
+            away = away.flatten(1, 2) @ whitening.transpose(1, 2)
+            near = -away.square().sum(dim=2).view(len(whitening), len(inputs), -1).permute(1, 2, 0)
+        return near.nanmean(dim=2).nan_to_num(nan=-torch.inf)
+
+    def _learn_spread(self, train: Tensor) -> None:
+        """Add a task's (n, m, f) to the covariance within tasks and find what whitens it."""
+        if self.scatter is None or self.counts is None or self.whitening is None:
+            return
+        for modality, rows in enumerate(train.unbind(1)):
+            there = rows[~rows.isnan().any(1)].to(self.scatter)
+            if len(there) == 0:
+                continue
+            spread = there - there.mean(dim=0)
+            self.scatter[modality] += spread.T @ spread
+            self.counts[modality] += len(there)
+            covariance = (self.scatter[modality] / self.counts[modality]).double()
+            variance = covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+            share = self.config.shrinkage
+            covariance = (1.0 - share) * covariance
+            covariance.diagonal().add_(share * variance)
+            lower = torch.linalg.cholesky(covariance)
+            ones = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            found = torch.linalg.solve_triangular(lower, ones, upper=False)
+            self.whitening[modality] = found.to(self.whitening)
 
     def _key(self, train: Tensor) -> Tensor:
         """Return (m, f), NaN for a modality that no sample has."""

@@ -6,20 +6,18 @@ before the verb shows the traceback. Results go to standard output, progress to 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from evolora.cli_data import data_app
+from evolora.cli_eval import evaluate
+from evolora.cli_parts import AsJson, Quiet, learner_of, print_json
 from evolora.errors import ConfigError, EvoloraError, unknown_name
-
-if TYPE_CHECKING:
-    from evolora.learner import Learner
 
 app = typer.Typer(
     name="evolora",
@@ -29,11 +27,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Teach a frozen, pretrained multimodal model task after task with low-rank experts.",
 )
-AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings to change, e.g. training.max_steps=50")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended."""
 
@@ -71,10 +67,6 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder of the demo's runs and report")] = Path(
@@ -93,7 +85,7 @@ def demo(
     chosen = [word.strip() for word in methods.split(",") if word.strip()]
     result = run_demo(out, methods=chosen or None, seed=seed, progress=not quiet)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         result.print()
 
@@ -127,42 +119,7 @@ def run(
         _print_runs([folder], as_json)
 
 
-@app.command("eval")
-def evaluate(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder or artefact")],
-    stream: Annotated[str, typer.Option(help="stream to test on")] = "mosaic/domains",
-    options: Annotated[
-        list[str] | None, typer.Option("--set", help="option of the stream, e.g. root=DATA")
-    ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Test a saved learner on a stream, without telling it the task."""
-    from evolora.config import apply_overrides, load_stream
-    from evolora.training.progress import Reporter, terminal_progress
-
-    learner = _learner(run_folder)
-    source = load_stream(stream, **apply_overrides({}, options or []))
-    with terminal_progress(not quiet) as bars:
-        learner.reporter = Reporter(bars)
-        results = {task.name: learner.evaluate(task) for task in source}
-    if as_json:
-        _print_json(
-            {
-                name: {"score": r.score, "samples": r.samples, "routes": dict(r.routes)}
-                for name, r in results.items()
-            }
-        )
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("task", "accuracy", "samples", "answered by", title=str(run_folder))
-    for name, result in results.items():
-        routes = ", ".join(f"{who} {count}" for who, count in result.routes.items())
-        learned = "" if name in learner.task_names else " (not learned)"
-        table.add_row(name + learned, f"{100 * result.score:.1f} %", str(result.samples), routes)
-    Console().print(table)
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -180,13 +137,13 @@ def predict(
     images = [*(files or []), *([image] if image else [])]
     if text is not None and len(images) > 1:
         raise DataError(f"--text goes with one image or none; got {len(images)} images")
-    learner = _learner(run_folder)
+    learner = learner_of(run_folder)
     names = [word.strip() for word in classes.split(",") if word.strip()] or None
     texts = None if text is None else [text]
     answers = learner.predict(images or None, texts, classes=names)
     sources = images or ["text"]
     if as_json:
-        _print_json(
+        print_json(
             [
                 {
                     "file": source,
@@ -236,7 +193,7 @@ def inspect(
 
     result = inspect_config(read_config(config, overrides or []), tasks=tasks)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
         return
     from rich.console import Console
     from rich.table import Table
@@ -272,7 +229,7 @@ def metrics(
 
     values = summary(read_matrix(matrix))
     if as_json:
-        _print_json({"metrics": values, "definitions": DEFINITIONS})
+        print_json({"metrics": values, "definitions": DEFINITIONS})
         return
     from rich.console import Console
     from rich.table import Table
@@ -297,7 +254,7 @@ def list_kind(
         raise unknown_name("kind", kind, KINDS)
     rows = _entries(kind)
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     width = max(len(row["name"]) for row in rows)
     for row in rows:
@@ -369,7 +326,7 @@ def bench(
         result = run_benches(names, settings, Reporter(bars), fit=fit)
     slack = SLACK if check else 0.0
     if as_json:
-        _print_json(result.to_json(slack))
+        print_json(result.to_json(slack))
     else:
         from rich.console import Console
 
@@ -393,20 +350,12 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     if as_json:
-        _print_json(findings)
+        print_json(findings)
     else:
         for finding in findings:
             print(f"{'ok  ' if finding['ok'] else 'MISS'}  {finding['name']}: {finding['detail']}")
     if not all(finding["ok"] or finding["optional"] for finding in findings):
         raise typer.Exit(1)
-
-
-def _learner(folder: Path) -> Learner:
-    from evolora.learner import Learner
-
-    if not folder.exists():
-        raise ConfigError(f"no run or artefact at {folder}")
-    return Learner.from_pretrained(folder)
 
 
 def _print_runs(folders: Sequence[Path], as_json: bool) -> None:
@@ -416,7 +365,7 @@ def _print_runs(folders: Sequence[Path], as_json: bool) -> None:
     if as_json:
         from evolora.evaluation.metrics import summary
 
-        _print_json(
+        print_json(
             [
                 {"run": str(folder), "name": record.run.name, "metrics": summary(record.matrix)}
                 for folder, record in zip(folders, records, strict=True)

@@ -25,6 +25,17 @@ def label_counts(
 ) -> Counts:
     """Return (3, c) counts per label: right, wrongly given, missed. They add up over batches.
 
+    Arguments and errors are those of `label_marks`.
+    """
+    counts: Counts = label_marks(probabilities, labels, threshold=threshold).sum(axis=0)
+    return counts
+
+
+def label_marks(
+    probabilities: ArrayLike, labels: ArrayLike, *, threshold: float = THRESHOLD
+) -> Counts:
+    """Return (b, 3, c) of 0 and 1: what each sample adds to `label_counts`.
+
     Args:
         probabilities: (b, c) in [0, 1], not logits.
         labels: (b, c) of 0 and 1.
@@ -45,10 +56,8 @@ def label_counts(
     if not np.isin(truth, (0, 1)).all():
         raise DataError("labels must be 0 or 1")
     predicted, true = given > threshold, truth == 1
-    counts: Counts = np.stack(
-        [(predicted & true).sum(0), (predicted & ~true).sum(0), (~predicted & true).sum(0)]
-    ).astype(np.int64)
-    return counts
+    marks = np.stack([predicted & true, predicted & ~true, ~predicted & true], axis=1)
+    return marks.astype(np.int64)
 
 
 def macro_f1_of_counts(counts: ArrayLike, columns: Sequence[int] | None = None) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evolora.backbones.batch import Batch
-from evolora.evaluation.scores import label_counts, macro_f1_of_counts
+from evolora.evaluation.scores import label_marks, macro_f1_of_counts
 from evolora.streams.missing import CODE_NAMES, LOST
 
 
@@ -53,9 +53,17 @@ class Tally(ABC):
 
     counts: Tensor
 
-    @abstractmethod
     def add(self, scores: Tensor, batch: Batch, offset: int) -> None:
         """Count a batch answered with scores (b, c); the task's classes begin at ``offset``."""
+        self.count(self.marks(scores, batch.labels, offset), cases(batch))
+
+    def count(self, marks: Tensor, codes: Tensor) -> None:
+        """Count samples by their marks (b, ...) and missing codes (b,)."""
+        self.counts.index_add_(0, codes, marks)
+
+    @abstractmethod
+    def marks(self, scores: Tensor, labels: Tensor, offset: int) -> Tensor:
+        """Return (b, ...) whole numbers on the CPU: what each sample adds to its case's counts."""
 
     @abstractmethod
     def _score(self, counts: Tensor) -> float | None: ...
@@ -76,9 +84,9 @@ class Accuracy(Tally):
     def __init__(self) -> None:
         self.counts = torch.zeros(len(CODE_NAMES), 2, dtype=torch.long)
 
-    def add(self, scores: Tensor, batch: Batch, offset: int) -> None:
-        right = (scores.argmax(dim=1) == batch.labels + offset).cpu()
-        self.counts.index_add_(0, cases(batch), torch.stack([right, right >= 0], 1).long())
+    def marks(self, scores: Tensor, labels: Tensor, offset: int) -> Tensor:
+        right = (scores.argmax(dim=1) == labels + offset).long().cpu()
+        return torch.stack([right, torch.ones_like(right)], dim=1)
 
     def _score(self, counts: Tensor) -> float | None:
         right, total = counts.tolist()
@@ -96,13 +104,11 @@ class MacroF1(Tally):
         # Per case: right, wrongly given and missed labels, and the number of samples.
         self.counts = torch.zeros(len(CODE_NAMES), 4, classes, dtype=torch.long)
 
-    def add(self, scores: Tensor, batch: Batch, offset: int) -> None:
-        truth, codes = batch.labels.cpu(), cases(batch)
+    def marks(self, scores: Tensor, labels: Tensor, offset: int) -> Tensor:
+        truth = labels.cpu()
         own = scores[:, offset : offset + truth.shape[1]].cpu()
-        for code in sorted(set(codes.tolist())):
-            rows = codes == code
-            self.counts[code, :3] += torch.from_numpy(label_counts(own[rows], truth[rows]))
-            self.counts[code, 3] += int(rows.sum())
+        marks = torch.from_numpy(label_marks(own, truth))
+        return torch.cat([marks, torch.ones_like(marks[:, :1])], dim=1)
 
     def _score(self, counts: Tensor) -> float | None:
         return macro_f1_of_counts(counts[:3]) if int(counts[3, 0]) else None

@@ -115,10 +115,14 @@ class MissingConfig(Missing):
 
     def describe(self) -> str:
         """Return the settings in a few words."""
+        return f"missing {self.words()}, seed {self.seed}"
+
+    def words(self) -> str:
+        """Return what is lost in a few words, without the seed: "both 70 %"."""
         words = {split: _words(self.of(split)) for split in SPLITS}
         if len(set(words.values())) == 1:
-            return f"missing {words['train']}, seed {self.seed}"
-        return f"missing {', '.join(f'{s} {w}' for s, w in words.items())}, seed {self.seed}"
+            return words["train"]
+        return ", ".join(f"{split} {word}" for split, word in words.items())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -52,7 +52,7 @@ class Manifest:
         """
         codes = {}
         for task in stream:
-            _check_modalities(task)
+            check_modalities(task)
             codes[task.name] = {
                 split: draw_codes(
                     len(data := getattr(task, split)),
@@ -80,7 +80,7 @@ class Manifest:
                     f"the missing manifest of {self.stream!r} has no task {task.name!r}"
                     f"{suggest(task.name, self.codes)} (known: {', '.join(self.codes)})"
                 )
-            _check_modalities(task)
+            check_modalities(task)
             views = {split: self._view(task, split) for split in SPLITS}
             tasks.append(replace(task, **views))
         source = "; ".join(part for part in (stream.source, self.settings.describe()) if part)
@@ -167,8 +167,23 @@ def with_missing(stream: Stream, missing: MissingOption) -> Stream:
         missing: settings (`MissingConfig`, or a mapping of its fields), a kind alone, the file of a
             `Manifest`, or None for none.
     """
-    if missing is None:
-        return stream
+    manifest = manifest_of(stream, missing)
+    return stream if manifest is None else manifest.apply(stream)
+
+
+def manifest_of(stream: Stream, missing: MissingOption) -> Manifest | None:
+    """Return the manifest that a ``missing`` option means for a stream; None if for none."""
+    chosen = _read_option(missing)
+    return Manifest.draw(stream, chosen) if isinstance(chosen, MissingConfig) else chosen
+
+
+def missing_settings(missing: MissingOption) -> MissingConfig | None:
+    """Return the settings that a ``missing`` option stands for; those of a manifest are in it."""
+    chosen = _read_option(missing)
+    return chosen.settings if isinstance(chosen, Manifest) else chosen
+
+
+def _read_option(missing: MissingOption) -> Manifest | MissingConfig | None:
     if isinstance(missing, str) and missing in KINDS:
         missing = {"kind": missing}
     if isinstance(missing, str | Path):
@@ -177,13 +192,14 @@ def with_missing(stream: Stream, missing: MissingOption) -> Stream:
             raise StreamError(
                 f"missing {str(missing)!r} is no file and no kind{hint} (known: {', '.join(KINDS)})"
             )
-        return Manifest.load(missing).apply(stream)
-    if not isinstance(missing, MissingConfig):
-        missing = MissingConfig.from_options(missing)
-    return Manifest.draw(stream, missing).apply(stream)
+        return Manifest.load(missing)
+    if missing is None or isinstance(missing, MissingConfig):
+        return missing
+    return MissingConfig.from_options(missing)
 
 
-def _check_modalities(task: Task) -> None:
+def check_modalities(task: Task) -> None:
+    """Raise StreamError where a task's samples have no image or no text at all."""
     if not {"image", "text"} <= set(task.modalities):
         raise StreamError(
             f"task {task.name!r} has only {' and '.join(task.modalities)}; a modality can be "

@@ -175,7 +175,7 @@ def _print_robustness(folder: Path, found: Robustness) -> None:
     if found.trained:
         title += f", trained with {found.trained.kind} {100 * found.trained.rate:g} %"
     table = Table("missing", "rate", title=title)
-    columns = ("AP", "AP, task told", "task recognised", "complete", "no text", "no image")
+    columns = ("AP", "AP, task\ntold", "task\nfound", "complete", "no text", "no image")
     for column in columns:
         table.add_column(column, justify="right")
     for point in found.points:

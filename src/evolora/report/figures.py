@@ -61,7 +61,7 @@ def task_curves(comparison: Comparison) -> list[tuple[str, str]]:
     panels = []
     for j, task in enumerate(tasks):
         lines = [
-            _line(group, style, runs[:, :, j])
+            mean_line(group, style, runs[:, :, j])
             for style, (group, runs) in enumerate(zip(comparison.groups, scores, strict=True))
         ]
         panels.append(
@@ -84,7 +84,7 @@ def task_curves(comparison: Comparison) -> list[tuple[str, str]]:
 def seen_curve(comparison: Comparison) -> str:
     """Draw the mean score over the tasks learned so far, one line per method."""
     lines = [
-        _line(group, style, stacked(group, seen_means))
+        mean_line(group, style, stacked(group, seen_means))
         for style, group in enumerate(comparison.groups)
     ]
     return LineChart(
@@ -208,7 +208,8 @@ def growth(comparison: Comparison, field: str, label: str) -> str | None:
         return line
 
     lines = [
-        _line(group, style, stacked(group, counts)) for style, group in enumerate(comparison.groups)
+        mean_line(group, style, stacked(group, counts))
+        for style, group in enumerate(comparison.groups)
     ]
     known = [value for line in lines for value in line.values if value is not None]
     positive = [value for value in known if value > 0]
@@ -235,8 +236,8 @@ def percent(value: float | None) -> str:
     return "not evaluated" if value is None or np.isnan(value) else f"{100 * value:.1f} %"
 
 
-def _line(group: Group, style: int, runs: Array) -> Line:
-    """Mean over runs (axis 0), with the lowest and highest where there are several."""
+def mean_line(group: Group, style: int, runs: Array) -> Line:
+    """Return the mean over runs (axis 0), with the lowest and highest where there are several."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN columns are expected
         low, high = np.nanmin(runs, axis=0), np.nanmax(runs, axis=0)

@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 
 from evolora.evaluation.metrics import DEFINITIONS
-from evolora.report import figures, svg
+from evolora.report import figures, missing, robustness, svg
+from evolora.report.parts import cell, framed, heading, legend
 from evolora.report.records import RunRecord
 from evolora.report.style import CSS, JS
 from evolora.report.tables import (
@@ -20,7 +21,6 @@ from evolora.report.tables import (
     Group,
     compare,
     is_best,
-    text_of,
 )
 
 
@@ -101,18 +101,20 @@ def _sections(comparison: Comparison, *, alone: bool) -> list[str]:
     parts = [
         f"<h2>Results{escape(where)}</h2>",
         _table(comparison),
+        *missing.section(comparison),
+        *robustness.section(comparison),
         "<h2>Accuracy after every task</h2>",
         "<p>Rows: after learning that task. Columns: tested on that task. Below the outlined "
         "diagonal are tasks learned before, above it tasks still to come. Values in %; "
         "dashed cells were not evaluated.</p>",
         svg.scale(),
-        _figures((group.label, figures.accuracy_map(group)) for group in comparison.groups),
+        framed((group.label, figures.accuracy_map(group)) for group in comparison.groups),
         "<h2>Forgetting</h2>",
         "<p>Score (%) on each task over time; position 0 is before any learning, the vertical line "
         f"is the moment the task is learned.{bands}</p>",
-        _legend(comparison),
-        _figures(figures.task_curves(comparison), narrow=True),
-        _figures([("Mean over the tasks learned so far (%)", figures.seen_curve(comparison))]),
+        legend(comparison),
+        framed(figures.task_curves(comparison), narrow=True),
+        framed([("Mean over the tasks learned so far (%)", figures.seen_curve(comparison))]),
     ]
     parts.extend(_routing(comparison))
     parts.extend(_experts(comparison))
@@ -122,7 +124,7 @@ def _sections(comparison: Comparison, *, alone: bool) -> list[str]:
 
 def _table(comparison: Comparison) -> str:
     columns = comparison.used_columns()
-    heads = "".join(_head(column) for column in columns)
+    heads = "".join(heading(column) for column in columns)
     rows = "".join(_row(comparison, group, columns) for group in comparison.groups)
     several = any(len(group.runs) > 1 for group in comparison.groups)
     note = "Scores in %. Best value of a score in bold. "
@@ -141,24 +143,12 @@ def _table(comparison: Comparison) -> str:
     )
 
 
-def _head(column: Column) -> str:
-    first = "descending" if column.better == "more" else "ascending"
-    return (
-        f'<th data-first="{first}" title="{escape(column.about, quote=True)}">'
-        f'<button type="button">{escape(column.title)}</button></th>'
-    )
-
-
 def _row(comparison: Comparison, group: Group, columns: Iterable[Column]) -> str:
     cells = [f'<td data-value="{escape(group.label, quote=True)}">{escape(group.label)}</td>']
     for column in columns:
         value = group.value(column.key)
         marked = is_best(value, comparison.best(column), column.unit)
-        number = "" if value is None else str(value.mean)
-        cells.append(
-            f'<td{" class=best" if marked else ""} data-value="{number}">'
-            f"{escape(text_of(value, column.unit))}</td>"
-        )
+        cells.append(cell(value, column.unit, best=marked))
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -171,13 +161,13 @@ def _routing(comparison: Comparison) -> list[str]:
         "<h2>Which route answers which domain</h2>",
         "<p>Rows: test samples of a task, after the last task. Columns: who answered, a task's "
         "experts or the untouched base model; share in %. The outlined cell is the right one.</p>",
-        _figures(final),
+        framed(final),
     ]
     if right:
         parts += [
             "<p>Share of samples (%) routed right after each task: to their own experts once the "
             "task is learned (outlined and below), to the base before (above).</p>",
-            _figures(right),
+            framed(right),
         ]
     return parts
 
@@ -191,7 +181,7 @@ def _experts(comparison: Comparison) -> list[str]:
             if drawings:
                 named = [(f"layer {i}", drawing) for i, drawing in enumerate(drawings)]
                 parts.append(f"<h3>{escape(f'{group.label}, {tower} tower{seed}')}</h3>")
-                parts.append(_figures(named, narrow=True))
+                parts.append(framed(named, narrow=True))
     if not parts:
         return []
     return [
@@ -216,25 +206,9 @@ def _growth(comparison: Comparison) -> list[str]:
     return [
         "<h2>Growth of parameters</h2>",
         "<p>Parameters after each task; the axis is logarithmic where methods differ much.</p>",
-        _legend(comparison),
-        _figures(drawn),
+        legend(comparison),
+        framed(drawn),
     ]
-
-
-def _legend(comparison: Comparison) -> str:
-    items = "".join(
-        f"<li>{svg.swatch(style % 8, strong=group.task_free)}{escape(group.label)}</li>"
-        for style, group in enumerate(comparison.groups)
-    )
-    return f'<ul class="legend">{items}</ul>'
-
-
-def _figures(drawn: Iterable[tuple[str, str]], *, narrow: bool = False) -> str:
-    boxes = "".join(
-        f'<figure><h3>{escape(name)}</h3><div class="scroll">{drawing}</div></figure>'
-        for name, drawing in drawn
-    )
-    return f'<div class="grid-of{" narrow" if narrow else ""}">{boxes}</div>'
 
 
 def _definitions() -> str:

@@ -7,82 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from statistics import fmean
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from evolora.errors import StorageError
+from evolora.errors import EvoloraError, StorageError
 from evolora.evaluation.matrix import Matrix
 from evolora.evaluation.metrics import summary
+from evolora.report.files import Robustness, Routing, RunFile, read
+from evolora.streams.missing import CODE_NAMES, MissingConfig
+from evolora.streams.missing_manifest import missing_settings
 
 BASE = "base"  # the route of a sample that no expert answers
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class _Known(BaseModel):
-    # Later versions add fields; a report of an older program still shows what it knows.
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
-
-
-class Protocol(_Known):
-    """How test samples were classified and routed."""
-
-    label_space: str
-    routing: str
-    group_size: int = Field(default=1, ge=1)
-
-
-class Step(_Known):
-    """What learning one task cost: seconds, parameters (numbers) and bytes after it."""
-
-    task: str
-    seconds_learn: float = Field(ge=0)
-    seconds_evaluate: float = Field(ge=0)
-    trainable_parameters: int = Field(ge=0)
-    stored_parameters: int = Field(ge=0)
-    stored_bytes: int = Field(ge=0)
-    final_loss: float | None = None
-
-
-class RunFile(_Known):
-    """``run.json``."""
-
-    format_version: Literal[1]
-    name: str = Field(min_length=1)
-    method: dict[str, Any]
-    stream: str
-    tasks: tuple[str, ...] = Field(min_length=1)
-    protocol: Protocol
-    seed: int
-    config_hash: str
-    versions: dict[str, str]
-    device: str
-    processes: int = Field(ge=1)
-    started: str
-    seconds: float = Field(ge=0)
-    history: tuple[Step, ...]
-
-
-class AfterTask(_Known):
-    """Which route answered how many test samples of each task, after learning ``task``."""
-
-    task: str
-    routes: dict[str, dict[str, int]]
-
-
-class TowerExperts(_Known):
-    """Selections of each expert: task -> layer -> expert; and the frozen ids per layer."""
-
-    tasks: dict[str, list[list[int]]]
-    frozen: list[list[int]] = Field(default_factory=list)
-
-
-class Routing(_Known):
-    """``routing.json``."""
-
-    format_version: Literal[1]
-    after: tuple[AfterTask, ...] = ()
-    experts: dict[str, TowerExperts] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +28,16 @@ class RunRecord:
         run: contents of ``run.json``.
         matrix: contents of ``matrix.json``; the same tasks in the same order.
         routing: contents of ``routing.json``, or None where the method routes nothing.
+        missing: what its stream's samples lacked, or None.
+        robustness: contents of ``robustness.json``, or None where no curve was measured.
     """
 
     folder: str
     run: RunFile
     matrix: Matrix
     routing: Routing | None = None
+    missing: MissingConfig | None = None
+    robustness: Robustness | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> RunRecord:
@@ -112,7 +50,7 @@ class RunRecord:
         root = Path(folder)
         if not root.is_dir():
             raise StorageError(f"{root}: no such run folder")
-        run = _read(root / "run.json", RunFile)
+        run = read(root / "run.json", RunFile)
         matrix = Matrix.load(root / "matrix.json")
         if matrix.tasks != run.tasks:
             raise StorageError(
@@ -120,10 +58,21 @@ class RunRecord:
                 f"run.json: {', '.join(run.tasks)}"
             )
         path = root / "routing.json"
-        routing = _read(path, Routing) if path.exists() else None
+        routing = read(path, Routing) if path.exists() else None
         if routing is not None:
             _check_routing(path, routing, run.tasks)
-        return cls(folder=root.resolve().name, run=run, matrix=matrix, routing=routing)
+        path = root / "robustness.json"
+        robustness = read(path, Robustness) if path.exists() else None
+        if robustness is not None and set(robustness.samples) != set(run.tasks):
+            raise StorageError(f"{path}: its tasks are not those of run.json; measure it again")
+        return cls(
+            folder=root.resolve().name,
+            run=run,
+            matrix=matrix,
+            routing=routing,
+            missing=_missing(root / "config.json"),
+            robustness=robustness,
+        )
 
     @property
     def task_free(self) -> bool:
@@ -144,7 +93,37 @@ class RunRecord:
             ),
             "stored_parameters": float(history[-1].stored_parameters) if history else None,
             "seconds": self.run.seconds,
+            **self.missing_scores(),
         }
+
+    def missing_scores(self) -> dict[str, float | None]:
+        """Return the final AP by what is missing, and all of it with the task told.
+
+        With the task told: names begin with "told_"; from ``robustness.json``, at the run's own
+        test table. None unless the run inferred the task.
+        """
+        after = self.routing.after if self.routing else ()
+        end = max(after, key=lambda one: self.position(one.task)) if after else None
+        found = end.scores_by_missing if end and self.position(end.task) + 1 == self.size else {}
+        own: dict[str, float | None] = {case: _mean_of(case, found) for case in CODE_NAMES}
+        point = self.robustness.own if self.robustness else None
+        told = point.oracle if point and self.run.protocol.routing == "task-free" else None
+        return {
+            **own,
+            "told_cmml_ap": told.ap if told else None,
+            "told_cmml_last": told.tasks.get(self.run.tasks[-1]) if told else None,
+            **{f"told_{case}": told.by_missing.get(case) if told else None for case in CODE_NAMES},
+        }
+
+    @property
+    def missing_words(self) -> str:
+        """What its stream's samples lacked, in a few words: "missing both 70 %"; or nothing."""
+        return f"missing {self.missing.words()}" if self.missing else ""
+
+    @property
+    def size(self) -> int:
+        """Number of tasks."""
+        return len(self.run.tasks)
 
     def selector_accuracy(self) -> float | None:
         """Return the share of learned tasks' test samples that the right task answered at the end.
@@ -194,6 +173,24 @@ class RunRecord:
         return shares
 
 
+def _mean_of(case: str, tasks: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Return the mean score on one case, over the tasks that have such samples."""
+    scores = [cases[case] for cases in tasks.values() if case in cases]
+    return fmean(scores) if scores else None
+
+
+def _missing(path: Path) -> MissingConfig | None:
+    """Return what a run's configuration says of missing modalities.
+
+    A manifest file that is no longer where the configuration says tells nothing.
+    """
+    try:
+        stream = json.loads(path.read_bytes())["config"]["stream"]
+        return missing_settings(stream.get("missing"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EvoloraError):
+        return None
+
+
 def _share(parts: Iterable[tuple[dict[str, int], str]]) -> float | None:
     """Share of all counted samples that took the route named beside each count table."""
     right = total = 0
@@ -201,25 +198,6 @@ def _share(parts: Iterable[tuple[dict[str, int], str]]) -> float | None:
         right += counts.get(route, 0)
         total += sum(counts.values())
     return right / total if total else None
-
-
-def _read(path: Path, model: type[Model]) -> Model:
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise StorageError(f"{path}: missing; a finished run has it") from error
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: cannot be read as JSON ({error})") from error
-    if isinstance(data, Mapping) and data.get("format_version") not in (1, None):
-        raise StorageError(f"{path}: format {data['format_version']!r} is not readable; known: 1")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
-            for fault in error.errors()[:3]
-        )
-        raise StorageError(f"{path}: {faults}") from error
 
 
 def _check_routing(path: Path, routing: Routing, tasks: tuple[str, ...]) -> None:

@@ -71,10 +71,14 @@ details dt { font-size: 14px; color: var(--ink); font-weight: 600; margin-top: 8
   :root { --page: #fff; --ink: #111; --soft: #444; --rule: #ccc; --best: #0b6b3a; --none: #bbb; } }
 """
 
-CSS = _BASE + "".join(
-    f".s{i} path{{stroke:{color};stroke-dasharray:{dash or 'none'}}}"
-    f".s{i} circle,.band.s{i}{{fill:{color}}}\n"
-    for i, (color, dash) in enumerate(LINES)
+CSS = (
+    _BASE
+    + "".join(
+        f".s{i} path{{stroke:{color};stroke-dasharray:{dash or 'none'}}}"
+        f".s{i} circle,.band.s{i}{{fill:{color}}}\n"
+        for i, (color, dash) in enumerate(LINES)
+    )
+    + ".line.floor path{stroke-dasharray:1 4;stroke-linecap:round}\n"
 )
 
 # Sorts a table by the clicked column; cells without a value go last in both directions.
@@ -94,7 +98,7 @@ document.querySelectorAll("table.sortable").forEach(function (table) {
       rows.sort(function (a, b) {
         var x = key(a), y = key(b);
         if (x === "" || y === "") { return x === y ? 0 : x === "" ? 1 : -1; }
-        if (column === 0) { return sign * x.localeCompare(y); }
+        if (column === 0 || isNaN(x) || isNaN(y)) { return sign * x.localeCompare(y); }
         return sign * (Number(x) - Number(y));
       });
       rows.forEach(function (row) { table.tBodies[0].appendChild(row); });

@@ -129,6 +129,7 @@ class Line:
     style: int  # which of the page's line styles; the same method has the same everywhere
     values: Sequence[Cell]
     strong: bool = False  # drawn thicker
+    floor: bool = False  # a level to compare with: dotted, without points
     low: Sequence[Cell] = ()
     high: Sequence[Cell] = ()
 
@@ -144,6 +145,8 @@ class LineChart:
         top: end of the y axis (it starts at 0); for ``log`` the axis spans the data's decades.
         unit: text of a y value.
         event: position of a vertical line (the moment a task is learned).
+        at: place of each position on the x axis, in [0, 1], and then of ``event`` too; empty for
+            equal steps.
     """
 
     lines: Sequence[Line]
@@ -152,8 +155,9 @@ class LineChart:
     top: float
     unit: Callable[[float], str]
     size: tuple[int, int] = (230, 130)
-    event: int | None = None
+    event: float | None = None
     log: bool = False
+    at: Sequence[float] = ()
 
     def draw(self) -> str:
         """Return the SVG element."""
@@ -176,7 +180,7 @@ class LineChart:
                     f'text-anchor="middle">{escape(tick)}</text>'
                 )
         if self.event is not None:
-            x = self._x(self.event, box)
+            x = self._across(self.event, box)
             parts.append(f'<path class="event" d="M{x:.1f} {box[1]:.1f}V{box[3]:.1f}"/>')
         # Thick ones first: a thin line on top of a thick one leaves both to be seen.
         ordered = sorted(self.lines, key=lambda line: not line.strong)
@@ -193,8 +197,13 @@ class LineChart:
         return [0.0, *(10.0**power for power in range(low, max(high, low + 1) + 1, step))]
 
     def _x(self, i: int, box: tuple[float, float, float, float]) -> float:
-        room = box[2] - box[0] - 10
-        return box[0] + 5 + room * (i / (len(self.ticks) - 1) if len(self.ticks) > 1 else 0.5)
+        return self._across(self.at[i] if self.at else i, box)
+
+    def _across(self, place: float, box: tuple[float, float, float, float]) -> float:
+        """Return the x of a place: of ``at``, or a number of equal steps."""
+        steps = len(self.ticks) - 1
+        share = place if self.at else place / steps if steps else 0.5
+        return box[0] + 5 + (box[2] - box[0] - 10) * share
 
     def _y(self, value: float, box: tuple[float, float, float, float]) -> float:
         share = value / self.top if self.top else 0.0
@@ -227,8 +236,9 @@ class LineChart:
             if value is not None
         )
         title = f"<title>{escape(f'{line.label} ({said})')}</title>"
-        strong = " strong" if line.strong else ""
-        return f'<g class="line s{line.style}{strong}">{title}<path d="{path}"/>{dots}</g>'
+        kind = " floor" if line.floor else " strong" if line.strong else ""
+        dots = "" if line.floor else dots
+        return f'<g class="line s{line.style}{kind}">{title}<path d="{path}"/>{dots}</g>'
 
     def _band(self, line: Line, box: tuple[float, float, float, float]) -> str:
         pieces: list[list[tuple[int, float, float]]] = [[]]
@@ -251,12 +261,13 @@ class LineChart:
         return f'<polygon class="band s{style}" points="{corners}"/>'
 
 
-def swatch(style: int, *, strong: bool = False) -> str:
+def swatch(style: int, *, strong: bool = False, floor: bool = False) -> str:
     """Return a short piece of a line style, for a legend."""
+    kind = " floor" if floor else " strong" if strong else ""
+    dot = "" if floor else '<circle cx="15" cy="6" r="2.2"/>'
     return (
         '<svg class="swatch" width="30" height="12" aria-hidden="true">'
-        f'<g class="line s{style}{" strong" if strong else ""}">'
-        '<path d="M2 6H28"/><circle cx="15" cy="6" r="2.2"/></g></svg>'
+        f'<g class="line s{style}{kind}"><path d="M2 6H28"/>{dot}</g></svg>'
     )
 
 

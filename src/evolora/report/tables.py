@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from evolora.errors import ConfigError
-from evolora.report.records import RunFile, RunRecord
+from evolora.report.records import RunRecord
 
 Unit = Literal["percent", "count", "seconds"]
 
@@ -90,6 +90,14 @@ class Value:
     spread: float | None = None
 
 
+def value_of(numbers: Sequence[float | None]) -> Value | None:
+    """Return mean and spread of one number per run; None if any of the runs lacks it."""
+    known = [number for number in numbers if number is not None]
+    if not known or len(known) < len(numbers):
+        return None
+    return Value(mean=fmean(known), spread=stdev(known) if len(known) > 1 else None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Runs of one method that differ only by seed."""
@@ -104,11 +112,7 @@ class Group:
 
     def value(self, key: str) -> Value | None:
         """Return mean and spread of a score; None if any of the runs lacks it."""
-        numbers = [run.scores.get(key) for run in self.runs]
-        known = [number for number in numbers if number is not None]
-        if not known or len(known) < len(numbers):
-            return None
-        return Value(mean=fmean(known), spread=stdev(known) if len(known) > 1 else None)
+        return value_of([run.scores.get(key) for run in self.runs])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +166,11 @@ def compare(runs: Sequence[RunRecord]) -> tuple[Comparison, ...]:
     for record in runs:
         run = record.run
         table = tables.setdefault((run.stream, run.tasks, run.protocol.label_space), {})
-        settings = json.dumps([run.method, run.protocol.model_dump()], sort_keys=True, default=str)
+        settings = json.dumps(
+            [run.method, run.protocol.model_dump(), record.missing_words],
+            sort_keys=True,
+            default=str,
+        )
         table.setdefault((run.name, settings), []).append(record)
     return tuple(_comparison(list(table.items())) for table in tables.values())
 
@@ -171,8 +179,7 @@ def _comparison(members: list[tuple[tuple[str, str], list[RunRecord]]]) -> Compa
     names = [name for (name, _), _ in members]
     groups = []
     for (name, _), records in members:
-        first = records[0].run
-        label = name if names.count(name) == 1 else f"{name} ({_difference(first, members)})"
+        label = name if names.count(name) == 1 else f"{name} ({_difference(records[0], members)})"
         groups.append(Group(label=label, runs=tuple(records)))
     run = members[0][1][0].run
     return Comparison(
@@ -183,11 +190,17 @@ def _comparison(members: list[tuple[tuple[str, str], list[RunRecord]]]) -> Compa
     )
 
 
-def _difference(run: RunFile, members: list[tuple[tuple[str, str], list[RunRecord]]]) -> str:
-    """The routing if that tells runs of one name apart, else the configuration's hash."""
-    rivals = [records[0].run for (name, _), records in members if name == run.name]
-    routings = [rival.protocol.routing for rival in rivals]
-    return run.protocol.routing if len(set(routings)) == len(routings) else run.config_hash
+def _difference(record: RunRecord, members: list[tuple[tuple[str, str], list[RunRecord]]]) -> str:
+    """The routing or what is missing if that tells runs of one name apart, else the hash."""
+    rivals = [records[0] for (name, _), records in members if name == record.run.name]
+    tells = [
+        (record.run.protocol.routing, [rival.run.protocol.routing for rival in rivals]),
+        (record.missing_words, [rival.missing_words for rival in rivals]),
+    ]
+    for mine, theirs in tells:
+        if len(set(theirs)) == len(theirs):
+            return mine or "complete"
+    return record.run.config_hash
 
 
 def text_of(value: Value | None, unit: Unit) -> str:

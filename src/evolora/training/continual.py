@@ -28,6 +28,7 @@ from evolora.learner import Learner, Progress
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
 from evolora.storage.files import read_json, sweep_temporary, write_json
 from evolora.storage.state import export_state, load_state
+from evolora.streams.missing import CODE_NAMES, COMPLETE
 from evolora.streams.task import LabelSpace, Stream, Task
 from evolora.training.progress import Reporter
 from evolora.training.samples import Samples
@@ -194,7 +195,7 @@ class ContinualRun:
             cases[task.name] = dict(result.by_case)
         self.record.matrix.set_row(index, scores)
         entry: dict[str, Any] = {"task": tasks[index].name, "routes": routes}
-        if any(len(found) > 1 for found in cases.values()):
+        if any(set(found) - {CODE_NAMES[COMPLETE]} for found in cases.values()):
             entry["scores_by_missing"] = cases
         self.record.routes.append(entry)
 

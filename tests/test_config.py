@@ -20,6 +20,7 @@ from evolora.config import (
 )
 from evolora.errors import ConfigError, EvoloraError
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 GOOD: dict[str, Any] = {"method": "moe-adapters", "stream": "mosaic/domains"}
 
 
@@ -346,3 +347,32 @@ def test_an_unknown_type_of_backbone_is_refused() -> None:
     text = faults({**GOOD, "backbone": {"type": "clip-fusoin"}, "seed": "zero"})
     assert "unknown backbone type 'clip-fusoin'; did you mean 'clip-fusion'" in text
     assert "backbone" in text and "seed" in text
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.parent.name + "/" + p.stem
+)
+def test_every_configuration_of_the_project_is_a_run(path: Path) -> None:
+    config = read_config(path)
+    assert parse_config(config.to_json()).hash() == config.hash()
+    named = re.findall(r"evolora run (\S+)", path.read_text())
+    assert set(named) <= {path.relative_to(CONFIGS.parent).as_posix()}
+
+
+@pytest.mark.parametrize("folder", [".", "mosaic/missing"])
+def test_baselines_are_trained_as_long_and_under_the_same_table_as_delo(folder: str) -> None:
+    """What may differ is the method, and the LoRA's size follows DeLo's (see evolora inspect)."""
+    published = folder == "."
+    first = CONFIGS / ("delo/upmc_food101_cmml.yaml" if published else "mosaic/delo.yaml")
+    wanted = read_config(first)
+    pattern = "*/upmc_food101_cmml.yaml" if published else "mosaic/missing/*.yaml"
+    found = sorted(CONFIGS.glob(pattern))
+    assert len(found) >= 5
+    for path in found:
+        config = read_config(path)
+        assert (config.stream, config.backbone, config.training, config.seed) == (
+            wanted.stream,
+            wanted.backbone,
+            wanted.training,
+            wanted.seed,
+        ), path

@@ -121,6 +121,14 @@ def test_the_run_s_own_table_is_a_point() -> None:
     assert_is_evaluation(found.own.task_free, learner, manifest.apply(stream))
     assert found.to_json()["own"]["task_free"]["ap"] == found.own.task_free.ap
 
+    # A manifest of the samples before some of them lost a part by themselves.
+    other = Manifest.draw(stream_of(), MissingConfig(kind="text", rate=0.0))
+    assert not any(any(splits["test"]) for splits in other.codes.values())
+    own = robustness(learner, stream, TABLES, other).own
+    assert own is not None and own.task_free is not None
+    assert_is_evaluation(own.task_free, learner, other.apply(stream))
+    assert set(own.task_free.by_missing) == {"complete", "text_missing"}
+
 
 def test_several_tables_are_averaged() -> None:
     learner, stream = taught("delo"), stream_of()

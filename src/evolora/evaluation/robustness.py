@@ -186,11 +186,7 @@ def _point(outcomes: Sequence[Outcomes], missing: Missing, seeds: Sequence[int])
 
 
 def _own_point(outcomes: Sequence[Outcomes], trained: Manifest) -> Point:
-    codes = [
-        torch.tensor([code or own for code, own in zip(drawn, one.own, strict=True)])
-        for one in outcomes
-        for drawn in [trained.codes[one.task.name]["test"]]
-    ]
+    codes = [torch.tensor(trained.codes_of(one.task, "test")) for one in outcomes]
     return _scored(outcomes, trained.settings.of("test"), [codes])
 
 

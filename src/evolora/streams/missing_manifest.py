@@ -75,13 +75,11 @@ class Manifest:
         """
         tasks = []
         for task in stream:
-            if task.name not in self.codes:
-                raise StreamError(
-                    f"the missing manifest of {self.stream!r} has no task {task.name!r}"
-                    f"{suggest(task.name, self.codes)} (known: {', '.join(self.codes)})"
-                )
             check_modalities(task)
-            views = {split: self._view(task, split) for split in SPLITS}
+            views = {}
+            for split in SPLITS:
+                data, codes = getattr(task, split), self.codes_of(task, split)
+                views[split] = Incomplete(data=data, codes=codes) if any(codes) else data
             tasks.append(replace(task, **views))
         source = "; ".join(part for part in (stream.source, self.settings.describe()) if part)
         return replace(stream, tasks=tuple(tasks), source=source)
@@ -140,7 +138,13 @@ class Manifest:
             raise StreamError(f"{file} is no missing manifest: {error}") from error
         return cls(stream=value["stream"], settings=settings, codes=codes)
 
-    def _view(self, task: Task, split: str) -> Examples:
+    def codes_of(self, task: Task, split: str) -> tuple[int, ...]:
+        """Return the missing code of each sample of a task; the errors are those of `apply`."""
+        if task.name not in self.codes:
+            raise StreamError(
+                f"the missing manifest of {self.stream!r} has no task {task.name!r}"
+                f"{suggest(task.name, self.codes)} (known: {', '.join(self.codes)})"
+            )
         data: Examples = getattr(task, split)
         codes = self.codes[task.name].get(split, ())
         if len(codes) != len(data):
@@ -150,13 +154,13 @@ class Manifest:
                 "with the options that it is used with (limit, seed)"
             )
         own = own_codes(data)
-        if own is not None:
-            for row, (code, before) in enumerate(zip(codes, own, strict=True)):
-                if code and before not in (COMPLETE, code):
-                    what = f"task {task.name!r}, {split}, sample {row}"
-                    raise StreamError(nothing_left(what, LOST[code]))
-            codes = tuple(code or before for code, before in zip(codes, own, strict=True))
-        return Incomplete(data=data, codes=codes) if any(codes) else data
+        if own is None:
+            return codes
+        for row, (code, before) in enumerate(zip(codes, own, strict=True)):
+            if code and before not in (COMPLETE, code):
+                what = f"task {task.name!r}, {split}, sample {row}"
+                raise StreamError(nothing_left(what, LOST[code]))
+        return tuple(code or before for code, before in zip(codes, own, strict=True))
 
 
 def with_missing(stream: Stream, missing: MissingOption) -> Stream:

@@ -97,8 +97,7 @@ def measure(session: Session) -> None:
     extra = predictions(session, fused, batch)
 
     batch = samples(s, apart.side, count)
-    anew = losses(ANEW, taught(DeLo, DeLoConfig(), apart.backbone()))
-    anew = replace(anew, run=lambda batch, run=anew.run: run(replace(batch, known=None)))
+    anew = losses(ANEW, taught(DeLo, DeLoConfig(), apart.backbone()), forget=True)
     done = steps(session, apart, batch, *s.either([anew], []))
     session.goal("delo-streams", done.between((WHOLE, "step"), (FLOOR, "step")).median)
     session.goal("task-free", max(extra, predictions(session, apart, batch)))
@@ -108,12 +107,13 @@ def vilt(settings: Settings, layers: int) -> Kind:
     """Return ViLT-B/32 with so many layers."""
     from transformers import ViltConfig, ViltModel
 
+    side = settings.either(SIDE, QUICK_SIDE)
     config = ViltConfig(
         hidden_size=towers.WIDTH,
         intermediate_size=towers.MLP,
         num_attention_heads=towers.HEADS,
         num_hidden_layers=layers,
-        image_size=settings.either(SIDE, QUICK_SIDE),
+        image_size=side,
         patch_size=PATCH,
         max_position_embeddings=TEXT,
         vocab_size=1024,
@@ -125,7 +125,7 @@ def vilt(settings: Settings, layers: int) -> Kind:
         name=f"{layers} layers of ViLT-B/32",
         model=model,
         wrap=lambda model: Vilt(model, EmptyText(), name="random"),
-        side=config.image_size,
+        side=side,
         r=8,
         apart=False,
     )
@@ -278,11 +278,17 @@ def experts(kind: Kind, method: Method, batch: Batch) -> Variant:
     return Variant(name=EXPERTS, run=routed(method), modules=(method,), reference=reference)
 
 
-def losses(name: str, method: Method) -> Variant:
-    """Return a whole step, from the samples to the sum of all losses."""
+def losses(name: str, method: Method, *, forget: bool = False) -> Variant:
+    """Return a whole step, from the samples to the sum of all losses.
+
+    Args:
+        name: of the variant.
+        method: what learns.
+        forget: nothing is known of the samples, as where images are augmented.
+    """
 
     def run(batch: Batch) -> Tensor:
-        loss: Tensor = method(batch)["loss"]
+        loss: Tensor = method(replace(batch, known=None) if forget else batch)["loss"]
         return loss
 
     return Variant(name=name, run=run, passes=("step",), modules=(method,))

@@ -186,9 +186,12 @@ class FactorPool(nn.Module):
             first = self.A.places()[uniform * e : (uniform + 1) * e]
             factors, weight = self.A.part(first).detach(), _row(self.conditional, uniform)
             return F.embedding(place, torch.bmm(factors.expand(r, -1, -1), weight).flatten(0, 1))
-        distinct, own = tasks.unique(return_inverse=True)
-        rows = distinct.unsqueeze(1) * e + torch.arange(e, device=down.device)
-        factors, weight = self.A.take(rows).detach(), self.conditional.take(distinct)
+        # Tables of all tasks or of each row, whatever is fewer; nobody asks which tasks there are.
+        every, own = tasks, torch.arange(len(tasks), device=tasks.device)
+        if len(self.conditional) < len(tasks):
+            every, own = torch.arange(len(self.conditional), device=tasks.device), tasks
+        rows = every.unsqueeze(1) * e + torch.arange(e, device=down.device)
+        factors, weight = self.A.take(rows).detach(), self.conditional.take(every)
         table = torch.einsum("ted,trdf->tref", factors, weight)
         return F.embedding(own.unsqueeze(1) * (r * e) + place, table.flatten(0, 2))
 

@@ -87,7 +87,7 @@ class EmptyText:
 def measure(session: Session) -> None:
     """Time steps and predictions on ViLT and on CLIP."""
     s = session.settings
-    layers, count = s.layers or s.either(4, 1), s.batch or s.either(10, 3)
+    layers, count = s.layers or s.either(3, 1), s.batch or s.either(10, 3)
     fused, apart = vilt(s, layers), clip(s, layers)
     batch = samples(s, fused.side, count)
     twice = Variant(name=TWICE, run=floor(fused, twice=True), passes=("step",))
@@ -202,7 +202,7 @@ def steps(session: Session, kind: Kind, batch: Batch, *own: Variant) -> Comparis
     ]
     title = f"{kind.name}, {len(batch)} samples, 7 of 10 without image or text"
     known = replace(batch, known=remembered(batch))
-    return session.compare(title, variants, [known], rounds=s.either(9, 3), memory=not s.quick)
+    return session.compare(title, variants, [known], rounds=s.either(7, 3), memory=not s.quick)
 
 
 def sites(backbone: Backbone) -> list[Site]:
@@ -315,5 +315,5 @@ def predictions(session: Session, kind: Kind, batch: Batch) -> float:
     variants = [Variant(name=name, run=run, passes=("forward",)) for name, run in ways.items()]
     title = f"predictions, {kind.name}, {len(batch)} samples"
     table = session.table(title, ("forward", "fastest forward"))
-    done = session.time(title, variants, [batch], rounds=s.either(9, 3), table=table)
+    done = session.time(title, variants, [batch], rounds=s.either(7, 3), table=table)
     return done.extra((UNTOLD, "forward"), (TOLD, "forward"), (BASE_ROW, "forward"))

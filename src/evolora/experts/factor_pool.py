@@ -177,23 +177,16 @@ class FactorPool(nn.Module):
     def _given(self, down: Tensor, tasks: Tensor, uniform: int | None) -> Tensor:
         """Return C[k]^T a_k of every chosen down-factor (b, r), counted within its task: (b, r, E).
 
-        They depend on the pool alone: those of every factor are one table (r, E, E) per task.
+        They depend on the pool alone: of one task, those of every factor are a table (r, E, E).
         """
         assert self.conditional is not None
         r, e = self.config.r, self.config.num_factors
-        place = torch.arange(r, device=down.device) * e + down
-        if uniform is not None:
-            first = self.A.places()[uniform * e : (uniform + 1) * e]
-            factors, weight = self.A.part(first).detach(), _row(self.conditional, uniform)
-            return F.embedding(place, torch.bmm(factors.expand(r, -1, -1), weight).flatten(0, 1))
-        # Tables of all tasks or of each row, whatever is fewer; nobody asks which tasks there are.
-        every, own = tasks, torch.arange(len(tasks), device=tasks.device)
-        if len(self.conditional) < len(tasks):
-            every, own = torch.arange(len(self.conditional), device=tasks.device), tasks
-        rows = every.unsqueeze(1) * e + torch.arange(e, device=down.device)
-        factors, weight = self.A.take(rows).detach(), self.conditional.take(every)
-        table = torch.einsum("ted,trdf->tref", factors, weight)
-        return F.embedding(own.unsqueeze(1) * (r * e) + place, table.flatten(0, 2))
+        if uniform is None:
+            chosen = self.A.take((tasks * e).unsqueeze(1) + down).detach()
+            return torch.einsum("brd,brde->bre", chosen, self.conditional.take(tasks))
+        factors = self.A.part(self.A.places()[uniform * e : (uniform + 1) * e]).detach()
+        table = torch.bmm(factors.expand(r, -1, -1), _row(self.conditional, uniform))
+        return F.embedding(torch.arange(r, device=down.device) * e + down, table.flatten(0, 1))
 
 
 def _row(stack: GrowingStack, row: int) -> Tensor:

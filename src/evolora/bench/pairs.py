@@ -315,5 +315,5 @@ def predictions(session: Session, kind: Kind, batch: Batch) -> float:
     variants = [Variant(name=name, run=run, passes=("forward",)) for name, run in ways.items()]
     title = f"predictions, {kind.name}, {len(batch)} samples"
     table = session.table(title, ("forward", "fastest forward"))
-    done = session.time(title, variants, [batch], rounds=s.either(7, 3), table=table)
+    done = session.time(title, variants, [batch], rounds=s.either(7, 2), table=table)
     return done.extra((UNTOLD, "forward"), (TOLD, "forward"), (BASE_ROW, "forward"))

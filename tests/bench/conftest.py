@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evolora.bench import towers, train
+from evolora.bench import pairs, towers, train
 from evolora.bench.settings import Settings
 
 
@@ -42,6 +42,8 @@ def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every tower of the benches small, and its list of classes short."""
     monkeypatch.setattr(train, "CLASSES", 3)
+    monkeypatch.setattr(pairs, "SIDE", 64)
+    monkeypatch.setattr(pairs, "QUICK_SIDE", 64)
     for name, value in {"WIDTH": 32, "MLP": 64, "HEADS": 2, "IMAGE": 48}.items():
         monkeypatch.setattr(towers, name, value)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from evolora.bench import BENCHES, layer, route, runner, tower
+from evolora.bench import BENCHES, layer, pairs, route, runner, tower
 from evolora.bench.goals import GOALS
 from evolora.bench.layer import Shape
 from evolora.bench.settings import Settings
@@ -29,7 +29,7 @@ def run(bench: str, settings: Settings = TINY, **options: bool) -> runner.Report
     return runner.run([bench], settings, **options)
 
 
-@pytest.mark.parametrize("bench", ["tower", "serve", "data"])
+@pytest.mark.parametrize("bench", ["tower", "serve", "pairs", "data"])
 def test_a_bench_fills_its_tables_and_measures_its_goals(bench: str, tiny_sizes: None) -> None:
     result = run(bench).results[0]
     assert result.complete and result.tables
@@ -68,6 +68,16 @@ def test_every_variant_of_the_tower_agrees_with_float64(tiny_sizes: None) -> Non
     assert result.measured["agreement"] == max(
         errors[row] for row in (tower.LORA, tower.MOE, tower.STACKED, tower.MERGED)
     )
+
+
+def test_delo_of_the_bench_agrees_with_loops_in_float64(tiny_sizes: None) -> None:
+    result = run("pairs", Settings(layers=2, batch=4, rounds=1)).results[0]
+    steps = [table for table in result.tables if pairs.WHOLE in table.cells]
+    assert len(steps) == 2
+    for table in steps:
+        assert table.cells[pairs.EXPERTS]["error"] < 1e-5
+        assert table.cells[pairs.WHOLE]["saved MiB"] > 0
+    assert pairs.TWICE in steps[0].cells and pairs.ANEW in steps[1].cells
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ def test_a_ratio_is_the_median_of_per_round_ratios_and_stands_beside_that_of_the
     assert ratio.median == 2.0  # of 3, 2, 1.5; the ratio of the medians would be 1.5
     assert ratio.of_minima == 3.0
     assert comparison.seconds("other", "forward") == 3.0
+    base, other = ("base", "forward"), ("other", "forward")
+    assert comparison.extra(other, base, base) == 1.0  # of 2, 1, 0.5
 
 
 def test_every_round_times_every_cell_once_in_an_order_of_its_own() -> None:

@@ -125,6 +125,38 @@ def test_rows_of_several_tasks_choose_as_alone(cfs: str) -> None:
 
 
 @pytest.mark.parametrize("uniform", [1, None])
+def test_conditional_scores_are_those_of_each_chosen_factor(uniform: int | None) -> None:
+    pool = random_pool(2)
+    draw = torch.Generator().manual_seed(3)
+    down = torch.stack([torch.randperm(8, generator=draw)[:3] for _ in range(5)])
+    tasks = torch.ones(5, dtype=torch.long) if uniform else torch.tensor([0, 1, 1, 0, 1])
+    given = pool._given(down, tasks, uniform)
+    for row, task in enumerate(tasks.tolist()):
+        for k, factor in enumerate(down[row].tolist()):
+            expected = pool.conditional.all()[task, k].T @ pool.A.all()[8 * task + factor]
+            torch.testing.assert_close(given[row, k], expected)
+    given.sum().backward()
+    assert pool.conditional.active.grad.abs().sum() > 0 and pool.A.active.grad is None
+
+
+@pytest.mark.parametrize("cfs", ["softmax_sum", "logit_sum"])
+def test_gates_are_shares_of_the_product_of_chances(cfs: str) -> None:
+    pool = random_pool(cfs_mode=cfs)
+    query = torch.randn(4, 7, generator=torch.Generator().manual_seed(3))
+    tasks = torch.zeros(4, dtype=torch.long)
+    down, up, gates = pool.choose(query, tasks, uniform=0)
+    p_down = pool._scores(pool.down_router, pool.down_offset, query, tasks, 0).softmax(1)
+    logits = pool._scores(pool.up_router, pool.up_offset, query, tasks, 0)
+    given = pool._given(down, tasks, 0)
+    if cfs == "logit_sum":
+        p_up = (logits + given.sum(1)).softmax(1)
+    else:
+        p_up = (logits.softmax(1) + given.softmax(2).sum(1).softmax(1)) / 2
+    both = p_down.gather(1, down) * p_up.gather(1, up)
+    torch.testing.assert_close(gates, 3 * both / both.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("uniform", [1, None])
 def test_up_factors_are_chosen_by_the_tasks_own_down_factors(uniform: int | None) -> None:
     pool = random_pool(2, cfs_mode="logit_sum")
     query = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evolora.backbones.batch import Batch, Encoded, LazyInputs, Prefix, label_tensor
-from evolora.backbones.blocks import block_indices, prompt_site
+from evolora.backbones.blocks import block_indices, outputs_of, prompt_site
 from evolora.backbones.frozen import FrozenModel, ModelFunction
 from evolora.errors import ConfigError, DataError
 from evolora.experts.prompts import InputPrompts, PromptLayer, PromptSite, insert_prefix
@@ -268,6 +269,24 @@ class Backbone(FrozenModel):
             hidden=found[names[0]].to(self.device, dtype, non_blocking=True),
             mask=found["mask"].to(self.device) if self.masked else None,
         )
+
+    @contextmanager
+    def keeping_prefix(self, batch: Batch, mask: Tensor | None = None) -> Iterator[None]:
+        """Keep the prefixes of known samples, which a pass through the untouched base goes by.
+
+        Args:
+            batch: what runs.
+            mask: (b, n) of its sequences, where the backbone is ``masked``.
+        """
+        cut, known = self.host.lowest(self.cached_tower), batch.known
+        prefixes = known.memory.prefixes if known is not None else None
+        if not cut or known is None or prefixes is None or self.has_other_weights:
+            yield
+            return
+        with outputs_of([self.blocks(self.cached_tower)[cut - 1]]) as hidden:
+            yield
+        found = {f"prefix {cut}": hidden[0], **({} if mask is None else {"mask": mask})}
+        prefixes.keep(found, known.samples, context=self.context())
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

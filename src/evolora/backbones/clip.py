@@ -118,11 +118,12 @@ class DualEncoder(PromptBackbone):
 
     def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the image "embedding" and, where it is wanted, the statistics of the "layers"."""
-        if "layers" not in names:
-            return {"embedding": self._image_embedding(batch)}
-        with outputs_of(self.statistic_modules("vision")) as hidden:
-            embedding = self._image_embedding(batch)
-        return {"embedding": embedding, "layers": layer_statistics(hidden)}
+        watched = self.statistic_modules("vision") if "layers" in names else ()
+        with outputs_of(watched) as hidden, self.keeping_prefix(batch):
+            found = {"embedding": self._image_embedding(batch)}
+        if "layers" in names:
+            found["layers"] = layer_statistics(hidden)
+        return found
 
     def statistic_modules(self, tower: str) -> list[nn.Module]:
         """Return the modules of a tower whose outputs the "layers" feature is made of."""

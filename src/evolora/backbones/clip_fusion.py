@@ -126,7 +126,8 @@ class ClipFusion(Backbone):
         mask = None
         with outputs_of(modules) as hidden:
             if side == "image":
-                found = self.encoder.base_pass(part, ("embedding",))
+                # What is kept of activations comes from forwards of as many rows each time.
+                found = self.encoder.base_pass(replace(part, known=None), ("embedding",))
                 unit = F.normalize(found["embedding"], dim=-1)
             else:
                 tokens = self._tokens(part, trim=False)

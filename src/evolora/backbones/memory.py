@@ -70,6 +70,17 @@ class ForwardCache:
             for index, name in enumerate(names)
         }
 
+    def keep(
+        self, results: Mapping[str, Tensor], samples: Sequence[bytes], *, context: str = ""
+    ) -> None:
+        """Keep (b, ...) per name that a forward for something else met on its way.
+
+        It must be a forward as those of :meth:`fetch`, of the same number of rows.
+        """
+        for name, values in results.items():
+            for sample, value in zip(samples, values.cpu(), strict=True):
+                self.kept.put((context, name, sample), value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:

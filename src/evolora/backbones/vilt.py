@@ -165,7 +165,8 @@ class Vilt(Backbone):
         model: Any = self.model
         states = [model.embeddings, *self.blocks(TOWER)]
         watched = [states[index] for index in statistic_layers(len(states))]
-        with outputs_of(watched if "layers" in names else ()) as hidden:
+        watched = watched if "layers" in names else []
+        with outputs_of(watched) as hidden, self.keeping_prefix(batch, spans.mask):
             output = self.call(self._run, **inputs)
         found = {"embedding": output.pooler_output}
         if "layers" in names:

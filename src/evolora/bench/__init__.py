@@ -12,6 +12,7 @@ BENCHES = {
     "layer": "one Linear: every formulation over experts, rank, k, tokens and kinds of route",
     "train": "adapters in the top layers with cached activations below; cached class prompts",
     "serve": "a batch of many adapters, a batch of one route, and what recognising the task costs",
+    "pairs": "image and text: DeLo's step over the floor, and predictions without the task told",
     "route": "the formulation the dispatcher picks against the fastest; --fit fits its thresholds",
     "data": "images read, resized and normalised per second",
 }

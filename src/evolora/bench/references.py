@@ -7,12 +7,15 @@ site, computes the same function, and differs in nothing but how.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evolora.experts.bank import ExpertBank
 from evolora.experts.sites import ExpertLayer
+from evolora.methods.delo import DeLoLayer, Queries
 from evolora.methods.moe_adapters import MoELayer
 from evolora.routing.route import Route
 
@@ -108,6 +111,45 @@ class LoopMoELayer(ExpertLayer):
         joined = torch.cat([part for part in outputs if part.shape[0]])
         weighted = joined * gates[rows, order][:, None, None]
         return out + torch.zeros_like(out).index_add(0, rows, weighted)
+
+
+class LoopFactorLayer(ExpertLayer):
+    """DeLo's rank-one factors, one after another for one sample after another.
+
+    Args:
+        layer: the library's layer, whose pools are copied; weighted gates, MixLoRA's scores.
+        queries: what its samples choose by.
+    """
+
+    def __init__(self, layer: nn.Module, queries: Queries) -> None:
+        super().__init__()
+        assert isinstance(layer, DeLoLayer)
+        self.pools, self.alpha, self.queries = copy.deepcopy(layer.pools), layer.alpha, queries
+
+    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
+        """Return out + alpha * sum of g_k b_{J_k} (a_{I_k} . x) over the modalities."""
+        queries, out = self.queries.of(route), out.clone()
+        for row, task in enumerate(route.tasks.tolist()):
+            for name, pool in self.pools.items():
+                query = queries[row, self.queries.modalities.index(name)]
+                for a, b, gate in _chosen(pool, task, query):
+                    out[row] += self.alpha * gate * torch.outer(x[row] @ a, b)
+        return out
+
+
+def _chosen(pool: Any, task: int, query: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Return a, b and g of each factor that a sample's query chooses from its task's pool."""
+    e, r = pool.config.num_factors, pool.config.r
+    down_factors, up_factors = (s.all()[task * e : (task + 1) * e] for s in (pool.A, pool.B))
+    down = pool.down_router.all()[task] @ query + pool.down_offset.all()[task]
+    best = down.argsort(descending=True)[:r]
+    scores = (pool.up_router.all()[task] @ query + pool.up_offset.all()[task]).softmax(0)
+    given = [pool.conditional.all()[task, k].T @ down_factors[i] for k, i in enumerate(best)]
+    scores = scores + torch.stack([one.softmax(0) for one in given]).sum(0).softmax(0)
+    up = scores.argsort(descending=True)[:r]
+    gates = down.softmax(0)[best] * scores[up]
+    for i, j, gate in zip(best, up, r * gates / gates.sum(), strict=True):
+        yield down_factors[i], up_factors[j], gate
 
 
 def loop_over_experts(

@@ -94,10 +94,17 @@ def run(
 
 
 def _measure(name: str, session: Session, fit: bool) -> None:
-    from evolora.bench import data, layer, route, serve, tower, train
+    from evolora.bench import data, layer, pairs, route, serve, tower, train
 
     if name == "route":
         route.measure(session, fit=fit)
         return
-    modules = {"tower": tower, "layer": layer, "train": train, "serve": serve, "data": data}
+    modules = {
+        "tower": tower,
+        "layer": layer,
+        "train": train,
+        "serve": serve,
+        "pairs": pairs,
+        "data": data,
+    }
     modules[name].measure(session)

@@ -196,6 +196,12 @@ class Comparison:
         each = [a / b for a, b in zip(ours, theirs, strict=True)]
         return Ratio(statistics.median(each), min(ours) / min(theirs))
 
+    def extra(self, cell: Cell, other: Cell, unit: Cell) -> float:
+        """Return by how many times the unit a cell takes longer than another (median)."""
+        for name, _ in (cell, other, unit):
+            self._variant(name)
+        return statistics.median((r[cell] - r[other]) / r[unit] for r in self.rounds)
+
     def seconds(self, name: str, which: Pass) -> float:
         """Return the median time of one call."""
         self._variant(name)

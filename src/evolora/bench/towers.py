@@ -7,7 +7,7 @@ share one set of frozen weights: copies have their own modules and hooks, not th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,9 +82,14 @@ def pixels(settings: Settings, batch: int) -> Tensor:
 
 def twin(backbone: DualEncoder) -> DualEncoder:
     """Return a backbone with modules and hooks of its own, over the same tensors."""
-    tensors = [*backbone.model.parameters(), *backbone.model.buffers()]
+    return DualEncoder(twin_of(backbone.model), name=backbone.name)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return a copy of a model's modules, without hooks, over the same tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    return DualEncoder(copy.deepcopy(backbone.model, memo), name=backbone.name)
+    return copy.deepcopy(model, memo)
 
 
 def in_float64(backbone: DualEncoder) -> DualEncoder:
@@ -122,7 +127,12 @@ def learner(method: type[Method], config: Any, backbone: DualEncoder, tasks: int
 
     All that it learns is drawn at random: fresh experts give zero, which would hide mistakes.
     """
-    made = method(config, twin(backbone))
+    return taught(method, config, twin(backbone), tasks)
+
+
+def taught(method: type[Method], config: Any, backbone: Backbone, tasks: int = 1) -> Method:
+    """Return :func:`learner` in this very backbone."""
+    made = method(config, backbone)
     for task in range(tasks):
         made.begin_task(f"task {task}", LABELS)
         randomise(made)
@@ -161,16 +171,20 @@ def floor(backbone: DualEncoder, sites: FindSites) -> Callable[[Tensor], Tensor]
     The activation gradient reaches the outputs of the lowest layer's sites and goes no further.
     """
     other = twin(backbone)
-    found = sites(other)
-    lowest = min(site.layer for site in found)
+    begin_gradient(sites(other))
+    return hidden(other)
+
+
+def begin_gradient(sites: Sequence[Site]) -> None:
+    """Let the gradient reach the outputs of the lowest layer's sites and go no further."""
+    lowest = min(site.layer for site in sites)
 
     def start(_: nn.Module, __: Any, out: Tensor) -> Tensor:
         return out if out.requires_grad or not torch.is_grad_enabled() else out.requires_grad_()
 
-    for site in found:
+    for site in sites:
         if site.layer == lowest:
             site.module.register_forward_hook(start)
-    return hidden(other)
 
 
 def expected(

@@ -123,28 +123,24 @@ class FactorPool(nn.Module):
         """
         config = self.config
         first = (tasks * config.num_factors).unsqueeze(1)
-        down = self._scores(self.down_router, self.down_offset, query, tasks, uniform)
-        best_down = down.topk(config.r, dim=1).indices
-        up = self._scores(self.up_router, self.up_offset, query, tasks, uniform)
-        if self.conditional is None:
-            chances = up.softmax(dim=1)
-        else:
-            chosen = self._taken(self.A, first + best_down, uniform).detach().to(query.dtype)
-            given = self._given(chosen, tasks, uniform)
+        scores = self._scores(self.down_router, self.down_offset, query, tasks, uniform)
+        down = scores.topk(config.r, dim=1)
+        scores = self._scores(self.up_router, self.up_offset, query, tasks, uniform)
+        if self.conditional is not None:
+            given = self._given(down.indices, tasks, uniform).to(query.dtype)
             if config.cfs_mode == "logit_sum":
-                up = up + given.sum(dim=1)
-                chances = up.softmax(dim=1)
+                scores = scores + given.sum(dim=1)
             else:
-                up = up.softmax(dim=1) + given.softmax(dim=2).sum(dim=1).softmax(dim=1)
-                chances = up / 2
-        best_up = up.topk(config.r, dim=1).indices
+                scores = scores.softmax(dim=1) + given.softmax(dim=2).sum(dim=1).softmax(dim=1)
+        up = scores.topk(config.r, dim=1)
         gates = None
         if config.router_grad != "none":
-            both = down.softmax(dim=1).gather(1, best_down) * chances.gather(1, best_up)
-            gates = config.r * both / both.sum(dim=1, keepdim=True)
+            # What divides p is the same for all chosen factors and cancels: logarithms suffice.
+            logs = up.values.log() if config.cfs_mode == "softmax_sum" else up.values
+            gates = config.r * (down.values + logs).softmax(dim=1)
             if config.router_grad == "straight_through":
                 gates = gates - gates.detach() + 1.0
-        return first + best_down, first + best_up, gates
+        return first + down.indices, first + up.indices, gates
 
     def factors(self, down: Tensor, up: Tensor, *, uniform: int | None = None) -> Factors:
         """Return the chosen factors of each sample: (b, r, d_in) and (b, r, d_out)."""
@@ -178,15 +174,21 @@ class FactorPool(nn.Module):
         weight, bias = router.take(tasks).to(query.dtype), offset.take(tasks).to(query.dtype)
         return torch.bmm(weight, query.unsqueeze(2)).squeeze(2) + bias
 
-    def _given(self, chosen: Tensor, tasks: Tensor, uniform: int | None) -> Tensor:
-        """Return C[k]^T a_k of every chosen down-factor, (b, r, E)."""
+    def _given(self, down: Tensor, tasks: Tensor, uniform: int | None) -> Tensor:
+        """Return C[k]^T a_k of every chosen down-factor (b, r), counted within its task: (b, r, E).
+
+        They depend on the pool alone: of one task, those of every factor are a table (r, E, E).
+        """
         assert self.conditional is not None
-        if uniform is not None:
-            weight = _row(self.conditional, uniform).to(chosen.dtype)
-            return torch.einsum("brd,rde->bre", chosen, weight)
-        return torch.einsum("brd,brde->bre", chosen, self.conditional.take(tasks).to(chosen.dtype))
+        r, e = self.config.r, self.config.num_factors
+        if uniform is None:
+            chosen = self.A.take((tasks * e).unsqueeze(1) + down).detach()
+            return torch.einsum("brd,brde->bre", chosen, self.conditional.take(tasks))
+        factors = self.A.part(self.A.places()[uniform * e : (uniform + 1) * e]).detach()
+        table = torch.bmm(factors.expand(r, -1, -1), _row(self.conditional, uniform))
+        return F.embedding(torch.arange(r, device=down.device) * e + down, table.flatten(0, 1))
 
 
 def _row(stack: GrowingStack, row: int) -> Tensor:
     """Return one row, known to Python: a view."""
-    return stack.part([stack.places()[row]])[0]
+    return stack.part([stack.places()[row]]).squeeze(0)

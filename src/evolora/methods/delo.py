@@ -22,7 +22,7 @@ in both directions, exact task keys per sample, masked means, CLIP as two stream
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -167,6 +167,7 @@ class Queries:
         self.modalities, self.cmgr = tuple(modalities), cmgr
         self.raw: Tensor | None = None
         self._guided: Tensor | None = None
+        self._known: tuple[Tensor, Tensor] | None = None  # a route's queries, and guided
 
     def see(self, block: int, hidden: Tensor, route: Route) -> None:
         """Take the queries of the rows entering a block (a watcher of the host)."""
@@ -177,9 +178,11 @@ class Queries:
     def of(self, route: Route) -> Tensor:
         """Return (b, m, q) of the rows of a route."""
         if route.queries is not None:
-            present = ~route.queries.isnan().any(dim=2)
-            known = route.queries.nan_to_num(nan=0.0)
-            return guided(known, present, self.modalities, self.cmgr)
+            if self._known is None or self._known[0] is not route.queries:
+                present = ~route.queries.isnan().any(dim=2)
+                known = route.queries.nan_to_num(nan=0.0)
+                self._known = route.queries, guided(known, present, self.modalities, self.cmgr)
+            return self._known[1]
         assert self._guided is not None, "a block's layers ran before the block was entered"
         return self._guided
 
@@ -238,10 +241,9 @@ class DeLoLayer(ExpertLayer):
             weights = torch.ones_like(down, dtype=x.dtype) if gates is None else gates
             parts.append((pool.factors(down, up, uniform=route.uniform), self.alpha * weights))
         factors = Factors(
-            a=torch.cat([part.a for part, _ in parts], dim=1),
-            b=torch.cat([part.b for part, _ in parts], dim=1),
+            a=_joined([part.a for part, _ in parts]), b=_joined([part.b for part, _ in parts])
         )
-        gates = torch.cat([gates for _, gates in parts], dim=1)
+        gates = _joined([gates for _, gates in parts])
         mask = self._mask(route, x)
         return add_pairs(out, x, factors, gates, mask=mask, inplace=True)
 
@@ -255,6 +257,11 @@ class DeLoLayer(ExpertLayer):
     def flops(self, tokens: int) -> int:
         """Return the extra FLOPs of one row of ``tokens`` tokens."""
         return sum(m.flops(tokens) for m in self.pools.values() if isinstance(m, FactorPool))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return values (b, r, ...) of several pools beside one another."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
 
 
 @METHODS.register(
@@ -349,13 +356,25 @@ class DeLo(Method):
         released = self.config.cons_direction == "released"
         no_text = batch.random.normal("dropped modality", (len(batch),), embedding)[rows] > 0
         lost = {"text": no_text | released, "image": ~(no_text | released)}
-        part = self.backbone.without(batch.take(rows), lost)
         with torch.set_grad_enabled(not released):
-            embedded = self.backbone.encode(part, self.make_route(batch.task, part))
+            embedded = self._embed_without(batch, embedding, rows, lost)
             poorer = self.heads.of_task(embedded, batch.task)
         whole = self.heads.of_task(embedding[rows], batch.task)
         learner, teacher = (whole, poorer) if released else (poorer, whole.detach())
         return divergence(teacher, learner, self.labels[batch.task].multi_label)
+
+    def _embed_without(
+        self, batch: Batch, embedding: Tensor, rows: Tensor, lost: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the embedding of rows as if they lacked a modality: modality -> (rows,) bool."""
+        parts = self.backbone.parts
+        if set(parts) == set(self.backbone.modalities):
+            # Towers that never meet: what is left of a sample is as it was, and need not run again.
+            gone = [lost[name].unsqueeze(1).expand(-1, width) for name, width in parts.items()]
+            return embedding[rows].masked_fill(torch.cat(gone, dim=1), 0.0)
+        assert batch.task is not None
+        part = self.backbone.without(batch.take(rows), lost)
+        return self.backbone.encode(part, self.make_route(batch.task, part))
 
     def _pools(self) -> list[FactorPool]:
         return [m for m in self.modules() if isinstance(m, FactorPool)]

@@ -23,7 +23,7 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev,peft,data]"
 	@touch $@ $(CORE)
 
-demo: $(CORE)  ## learn the embedded image domains offline; prints the table, writes the report
+demo: $(CORE)  ## learn the embedded images and pairs offline; prints the tables, writes the report
 	$(BIN)/evolora demo
 
 # One thread per worker: two workers with two threads each fight over two cores.

@@ -187,6 +187,18 @@ seed: 7
     assert config.seed == 7
 
 
+def test_off_is_a_word_and_still_switches_off(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "stream: mosaic/domains\nmethod: {type: moe-adapters, noise: off}\n"
+        "training: {prefix_cache: off, augment: true}\n"
+    )
+    config = read_config(path, ["evaluation.cache=no"])
+    assert config.training.prefix_cache == "off" and config.training.augment is True
+    assert config.method.noise is False and config.evaluation.cache is False
+    assert apply_overrides({}, ["method.cfs_mode=off"]) == {"method": {"cfs_mode": "off"}}
+
+
 def test_words_like_numbers_stay_words(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("a: e5\nb: 1e\nc: '1e-3'\nd: 1e-3x\ne: v1e3\nf: 0x1e3\n")

@@ -11,21 +11,27 @@ import pytest
 from evolora import demo
 from evolora.config import RunConfig, parse_config
 from evolora.errors import EvoloraError
+from evolora.evaluation.inspection import inspect_config
 
 QUICK = {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 4, "save_steps": 1}
 
 
+CHOSEN = {
+    "zero-shot": ["digits", "shapes"],
+    "sequential-lora": ["digits", "shapes"],
+    "missing-delo": ["animals", "furniture"],
+}
 Configs = Callable[..., dict[str, RunConfig]]
 
 
 def quick(full: Configs) -> Configs:
-    """Return the demo's configurations cut down to two methods, two tasks, two steps."""
+    """Return the demo's configurations cut down to three methods, two tasks, two steps."""
 
     def configs(methods: object = None, seed: int = 0) -> dict[str, RunConfig]:
         result = {}
-        for name in ("zero-shot", "sequential-lora"):
+        for name, order in CHOSEN.items():
             value = json.loads(json.dumps(full([name], seed)[name].to_json()))
-            value["stream"] |= {"limit": 8, "test_limit": 4, "order": ["digits", "shapes"]}
+            value["stream"] |= {"limit": 8, "test_limit": 4, "order": order}
             value["training"] |= QUICK
             result[name] = parse_config(value)
         return result
@@ -35,26 +41,49 @@ def quick(full: Configs) -> Configs:
 
 def test_the_demo_compares_the_main_job_with_its_baselines_at_equal_steps() -> None:
     configs = demo.demo_configs()
-    assert set(configs) == {
-        *("zero-shot", "linear-probe", "full-finetuning", "sequential-lora", "lora-per-task"),
-        *("joint-lora", "moe-adapters"),
-    }
-    assert len({config.training.max_steps for config in configs.values()}) == 1
-    assert len({json.dumps(config.stream, sort_keys=True) for config in configs.values()}) == 1
+    parts = [
+        {"zero-shot", "linear-probe", "full-finetuning", "sequential-lora", "lora-per-task"}
+        | {"joint-lora", "moe-adapters"},
+        {"missing-linear-probe", "missing-sequential-lora", "missing-delo"},
+    ]
+    assert set(configs) == parts[0] | parts[1]
+    for names in parts:
+        part = [configs[name] for name in names]
+        assert len({config.training.max_steps for config in part}) == 1
+        assert len({json.dumps(config.stream, sort_keys=True) for config in part}) == 1
 
 
-def test_demo_runs_reports_and_keeps_what_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_delo_and_the_lora_beside_it_train_as_many_parameters() -> None:
+    configs = demo.demo_configs(["missing-sequential-lora", "missing-delo"])
+    lora, delo = (inspect_config(config).trainable for config in configs.values())
+    assert lora == pytest.approx(delo, rel=0.01)
+
+
+def test_demo_runs_reports_asks_and_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "demo_configs", quick(demo.demo_configs))
     result = demo.run_demo(tmp_path / "out", progress=False)
     page = result.report.read_text()
-    assert "sequential-lora" in page and "<svg" in page
-    shown = result.to_json()["runs"]
-    assert set(shown) == {"zero-shot", "sequential-lora"}
+    assert "sequential-lora" in page and "<svg" in page and "With modalities missing" in page
+    shown = result.to_json()
+    assert set(shown["runs"]) == set(CHOSEN)
+    asked = shown["asked"]
+    assert asked["task"] == "furniture" and asked["text"]
+    assert [answer["used"] for answer in asked["answers"]] == [
+        ("image", "text"),
+        ("image",),
+        ("text",),
+    ]
+    assert {answer["task"] for answer in asked["answers"]} <= {"animals", "furniture"}
+    result.print()
+    printed = capsys.readouterr().out
+    assert "No text" in printed and f'"{asked["text"]}"' in printed
+    assert all(f"from {used}\n" in printed for used in ("image and text", "image", "text"))
+
     before = (tmp_path / "out/sequential-lora/run.json").read_bytes()
-    again = demo.run_demo(tmp_path / "out", progress=False)
-    assert again.to_json()["runs"] == shown
+    again = demo.run_demo(tmp_path / "out", progress=False).to_json()
+    assert (again["runs"], again["asked"]) == (shown["runs"], asked)
     assert (tmp_path / "out/sequential-lora/run.json").read_bytes() == before
 
 

@@ -40,6 +40,11 @@ class Answer:
     top: tuple[tuple[str, float], ...] = ()
     used: tuple[str, ...] = ("image",)
 
+    def line(self, *, used: bool) -> str:
+        """Return the answer and who gave it on one line, with the modalities if ``used``."""
+        looked_at = f" from {' and '.join(self.used)}" if used else ""
+        return f"{self.label}\t{100 * self.score:.1f} %\tby {self.task}{looked_at}"
+
 
 def answer_inputs(
     method: Method,

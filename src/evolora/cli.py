@@ -79,7 +79,7 @@ def demo(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn the embedded image domains with MoE-Adapters and its baselines, offline."""
+    """Learn the embedded image domains, then pairs of image and text, with several methods."""
     from evolora.demo import run_demo
 
     chosen = [word.strip() for word in methods.split(",") if word.strip()]
@@ -158,8 +158,7 @@ def predict(
         )
         return
     for source, answer in zip(sources, answers, strict=True):
-        used = f" from {' and '.join(answer.used)}" if len(learner.backbone.modalities) > 1 else ""
-        print(f"{source}\t{answer.label}\t{100 * answer.score:.1f} %\tby {answer.task}{used}")
+        print(f"{source}\t{answer.line(used=len(learner.backbone.modalities) > 1)}")
 
 
 @app.command()

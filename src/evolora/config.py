@@ -122,6 +122,8 @@ HOW_ONLY = (
 SECTIONS = ("method", "stream", "backbone", "training", "evaluation", "seed", "name")
 SHORT = {"method": "type", "stream": "name", "backbone": "name_or_path"}
 """Sections that may be given as one word, and the setting that the word is."""
+_BOOL = "tag:yaml.org,2002:bool"
+_TRUTH = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
 _SCIENTIFIC = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 
 
@@ -162,10 +164,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text; 1e-3 is a number and a key given twice is an error.
+    """Return the value of a YAML text as YAML 1.2 has it; a key given twice is an error.
 
-    PyYAML follows YAML 1.1, where "1e-3" without a dot is a string, and keeps the last of two equal
-    keys without a word.
+    PyYAML follows YAML 1.1, where "1e-3" without a dot is a string and "off" is false, and keeps
+    the last of two equal keys without a word.
     """
     import yaml
 
@@ -181,6 +183,11 @@ def _parse_yaml(text: str) -> Any:
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != _BOOL]
+        for first, known in Loader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(_BOOL, _TRUTH, list("tTfF"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+0123456789."))
     return yaml.load(text, Loader)
 

@@ -1,7 +1,9 @@
 """``evolora demo``: the main job on the embedded model and data, offline, all methods.
 
-Each method is an ordinary run (``runs/demo/METHOD``) in a process of its own with one thread, as
-many at a time as there are cores. A demo that was interrupted goes on; a finished run is kept.
+Two parts: image domains (``demo.yaml``), then image + text with either one missing
+(``demo_missing.yaml``). Each method is an ordinary run (``runs/demo/METHOD``) in a process of its
+own with one thread, as many at a time as there are cores. A demo that was interrupted goes on; a
+finished run is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +26,14 @@ from evolora.training.progress import terminal_progress
 
 if TYPE_CHECKING:
     from evolora.config import RunConfig
+    from evolora.demo_missing import Asked
     from evolora.report.records import RunRecord
     from evolora.streams.task import Stream
     from evolora.training.samples import Samples
 
-CONFIG = ROOT / "demo.yaml"
+MISSING = "missing-"
+PARTS = {"": ROOT / "demo.yaml", MISSING: ROOT / "demo_missing.yaml"}
+"""How the names of a part's runs begin -> its file."""
 POLL_SECONDS = 0.5
 
 
@@ -37,36 +42,48 @@ class DemoResult:
     """What the demo did.
 
     Args:
-        runs: method -> run folder, in the order of the table.
+        runs: method -> run folder, in the order of the tables.
+        asked: what DeLo answered, if it is among the runs.
         report: HTML page.
         seconds: wall time of this call.
     """
 
     runs: Mapping[str, Path]
+    asked: Asked | None
     report: Path
     seconds: float
 
-    def records(self) -> list[RunRecord]:
-        """Return the finished runs."""
+    def records(self) -> dict[str, RunRecord]:
+        """Return the finished runs by method."""
         from evolora.report.records import RunRecord
 
-        return [RunRecord.load(folder) for folder in self.runs.values()]
+        return {name: RunRecord.load(folder) for name, folder in self.runs.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         from evolora.evaluation.metrics import summary
 
-        runs = {record.run.name: summary(record.matrix) for record in self.records()}
-        return {"runs": runs, "report": str(self.report), "seconds": round(self.seconds, 1)}
+        return {
+            "runs": {name: summary(record.matrix) for name, record in self.records().items()},
+            "asked": self.asked and self.asked.to_json(),
+            "report": str(self.report),
+            "seconds": round(self.seconds, 1),
+        }
 
     def print(self) -> None:
-        """Print the table and where the report is."""
+        """Print the tables, what DeLo answered, and where the report is."""
         from rich.console import Console
 
+        from evolora.demo_missing import print_missing
         from evolora.report.tables import summary_table
 
-        console = Console()
-        console.print(summary_table(self.records()))
+        console, records = Console(), self.records()
+        second = {name: record for name, record in records.items() if name.startswith(MISSING)}
+        first = [record for name, record in records.items() if name not in second]
+        if first:
+            console.print(summary_table(first))
+        if second:
+            print_missing(list(second.values()), self.asked, console)
         console.print(f"report: {self.report}  ({self.seconds:.0f} s)", soft_wrap=True)
 
 
@@ -82,17 +99,19 @@ def demo_configs(methods: Sequence[str] | None = None, seed: int = 0) -> dict[st
     """
     from evolora.config import parse_config, read_yaml
 
-    whole = read_yaml(CONFIG)
-    known: dict[str, Any] = whole.pop("methods")
     configs = {}
-    for name in methods or known:
-        if name not in known:
-            raise unknown_name("demo method", name, known)
-        own = dict(known[name])
-        training = {**whole["training"], **own.pop("training", {})}
-        value = {**whole, "method": {"type": name, **own}, "training": training, "seed": seed}
-        configs[name] = parse_config(value, source=f"demo method {name}")
-    return configs
+    for prefix, file in PARTS.items():
+        whole = read_yaml(file)
+        known: dict[str, Any] = whole.pop("methods")
+        for name, given in known.items():
+            own = dict(given)
+            training = {**whole["training"], **own.pop("training", {})}
+            value = {**whole, "method": {"type": name, **own}, "training": training, "seed": seed}
+            configs[prefix + name] = parse_config(value, source=f"demo method {prefix}{name}")
+    for name in methods or ():
+        if name not in configs:
+            raise unknown_name("demo method", name, configs)
+    return {name: configs[name] for name in methods or configs}
 
 
 def run_demo(
@@ -106,6 +125,7 @@ def run_demo(
         seed: run seed.
         progress: show one bar per method.
     """
+    from evolora.demo_missing import ask
     from evolora.report.page import write_report
 
     start = time.perf_counter()
@@ -113,10 +133,13 @@ def run_demo(
     make_folder(out)
     folders = {name: out / name for name in configs}
     _run_all(configs, folders, progress)
-    report = out / "report.html"
-    result = DemoResult(runs=folders, report=report, seconds=time.perf_counter() - start)
-    write_report(result.records(), report, "Evolora demo: image domains, one after another")
-    return DemoResult(runs=folders, report=report, seconds=time.perf_counter() - start)
+    delo = f"{MISSING}delo"
+    asked = ask(folders[delo], configs[delo].stream) if delo in folders else None
+    result = DemoResult(
+        runs=folders, asked=asked, report=out / "report.html", seconds=time.perf_counter() - start
+    )
+    write_report(list(result.records().values()), result.report, "Evolora demo")
+    return replace(result, seconds=time.perf_counter() - start)
 
 
 def _run_all(configs: Mapping[str, RunConfig], folders: Mapping[str, Path], progress: bool) -> None:

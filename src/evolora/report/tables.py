@@ -147,9 +147,9 @@ class Comparison:
             return None
         return max(means) if column.better == "more" else min(means)
 
-    def used_columns(self) -> tuple[Column, ...]:
+    def used_columns(self, columns: Sequence[Column] = COLUMNS) -> tuple[Column, ...]:
         """Return the columns in which at least one method has a value."""
-        return tuple(c for c in COLUMNS if any(group.value(c.key) for group in self.groups))
+        return tuple(c for c in columns if any(group.value(c.key) for group in self.groups))
 
 
 def compare(runs: Sequence[RunRecord]) -> tuple[Comparison, ...]:
@@ -232,7 +232,7 @@ def is_best(value: Value | None, best: float | None, unit: Unit) -> bool:
     return text_of(Value(mean=value.mean), unit) == text_of(Value(mean=best), unit)
 
 
-def summary_table(runs: Sequence[RunRecord]) -> Table:
+def summary_table(runs: Sequence[RunRecord], columns: Sequence[Column] = COLUMNS) -> Table:
     """Return the comparison as a terminal table, best values bold; one block per comparison."""
     comparisons = compare(runs)
     table = Table(
@@ -243,9 +243,9 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
         header_style="bold",
     )
     table.add_column("method", no_wrap=True)
-    keys = {column.key for one in comparisons for column in one.used_columns()}
-    columns = [column for column in COLUMNS if column.key in keys]
-    for column in columns:
+    keys = {column.key for one in comparisons for column in one.used_columns(columns)}
+    shown = [column for column in columns if column.key in keys]
+    for column in shown:
         widest = max(len(word) for word in column.narrow.split("\n"))
         table.add_column(column.narrow, justify="right", min_width=widest)
     for comparison in comparisons:
@@ -254,7 +254,7 @@ def summary_table(runs: Sequence[RunRecord]) -> Table:
             table.add_row(f"[italic]{comparison.stream}, {len(comparison.tasks)} tasks[/italic]")
         for group in comparison.groups:
             cells = []
-            for column in columns:
+            for column in shown:
                 value = group.value(column.key)
                 text = (
                     text_of(value, column.unit)

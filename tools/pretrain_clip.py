@@ -27,18 +27,14 @@ Corpus: `evolora.streams.mosaic.corpus`. Usage:
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip_pretraining.command import parser_of, run_stage, start
 from clip_pretraining.export import stage_export
 from clip_pretraining.image import stage_image
-from clip_pretraining.loop import add_loop_options, start_processes
 from clip_pretraining.prompts import stage_prompts
 from clip_pretraining.text import stage_text
-from evolora.errors import EvoloraError
 
 STAGES = {
     "prompts": stage_prompts,
@@ -49,21 +45,12 @@ STAGES = {
 NEEDED = {"prompts": ("corpus", "minilm"), "image": ("corpus",)}
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("stage", choices=tuple(STAGES))
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and caches")
-    parser.add_argument("--corpus", type=Path, help="folder of build_pretraining_corpus")
-    parser.add_argument("--domains", type=Path, default=Path("src/evolora/assets/mosaic"))
-    parser.add_argument("--minilm", type=Path, help="folder of all-MiniLM-L6-v2")
+def main(words: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, STAGES, "clip-tiny")
     parser.add_argument("--extra-names", type=Path, help="JSON list of further names for the text")
     parser.add_argument(
         "--refresh", action="store_true", help="prompts: keep the tokenizer, embed only new names"
     )
-    parser.add_argument("--out", type=Path, default=Path("src/evolora/assets/clip-tiny"))
-    parser.add_argument("--name", default="main", help="name of the image checkpoint")
     parser.add_argument("--align", help="text: name of the image checkpoint whose W to match in")
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--width", type=int, default=192)
@@ -72,23 +59,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-width", type=int, default=192)
     parser.add_argument("--text-layers", type=int, default=3)
     parser.add_argument("--projection", type=int, default=192)
-    add_loop_options(parser)
-    args = parser.parse_args(words)
-    for option in NEEDED.get(args.stage, ()):
-        if getattr(args, option) is None:
-            parser.error(f"the stage {args.stage!r} needs --{option}")
-    return args
-
-
-def main(words: Sequence[str] | None = None) -> None:
-    args = parse(words)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    start_processes(args)
-    STAGES[args.stage](args)
+    run_stage(parser, STAGES, NEEDED, words)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except EvoloraError as error:
-        sys.exit(f"error: {error}")
+    start(main)

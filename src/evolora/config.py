@@ -28,7 +28,7 @@ class BackboneConfig:
     """Which frozen model.
 
     Args:
-        name_or_path: hub name, local folder, or embedded name ("clip-tiny").
+        name_or_path: hub name, local folder, or embedded name ("clip-tiny", "vilt-tiny").
         revision: hub revision.
         type: a name of ``evolora ls backbones`` ("clip-fusion"), or "auto": by the model.
         text_length: longest text in tokens; None is the model's own (ViLT only: beyond it, its

@@ -6,25 +6,30 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests.tools.test_pretrain_clip import embedded, run, state
-from transformers import BertConfig, BertModel, BertTokenizer, ViltModel
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPModel, ViltModel
 
+from clip_pretraining.config import clip_config
 from clip_pretraining.corpus import Corpus
 from clip_pretraining.prompts import load_prompts
 from evolora.backbones.loading import load_backbone
-from evolora.backbones.vilt import Vilt
+from evolora.backbones.vilt import Vilt, run_in_order
 from evolora.errors import DataError
 from evolora.streams.task import Example
 from pretrain_vilt import main
 from vilt_pretraining import student
-from vilt_pretraining.words import chosen_tokens, load_words, projected, tokenized
+from vilt_pretraining.start import start_from, vilt_config
+from vilt_pretraining.texts import LISTS, Texts, load_texts, word_lists
+from vilt_pretraining.words import CLS, SEP, chosen_tokens, load_words, projected
 
 __all__ = ["embedded", "run"]  # fixtures: the toy corpus with its embedded prompts
-TINY = "--width 64 --layers 1 --projection 16 --batch 12 --vocabulary 120 --warmup 2".split()
+TINY = "--batch 12 --vocabulary 120 --warmup 2".split()
 WORDS = ("red", "blue", "green", "grey", "square", "icon", "##s", "emoji", "drawing", "black")
 
 
@@ -42,20 +47,43 @@ def write_minilm(folder: Path) -> Path:
     return folder
 
 
+def toy_clip() -> CLIPModel:
+    """A random CLIP of two blocks whose norm behind the embeddings does something."""
+    torch.manual_seed(0)
+    shape = {"width": 64, "layers": 2, "patch": 16, "projection": 16}
+    clip = CLIPModel(clip_config(SimpleNamespace(**shape, text_width=64, text_layers=1), 20))
+    with torch.no_grad():
+        norm = clip.vision_model.pre_layrnorm
+        norm.weight.add_(0.2 * torch.randn(64))
+        norm.bias.add_(0.2 * torch.randn(64))
+    return clip.eval()
+
+
 @pytest.fixture
 def train(run: Callable[..., None], tmp_path: Path) -> Callable[..., None]:
     """Run a stage as the command line would, after the prompts and the words."""
     minilm = write_minilm(tmp_path / "minilm")
+    toy_clip().save_pretrained(tmp_path / "clip")
 
     def stage(name: str, *options: Any, work: str = "work") -> None:
         main([
             name, "--work", str(tmp_path / work), "--domains", str(tmp_path / "suite"),
             "--corpus", str(tmp_path / "corpus"), "--minilm", str(minilm),
-            *TINY, *map(str, options),
+            "--clip", str(tmp_path / "clip"), *TINY, *map(str, options),
         ])  # fmt: skip
 
     stage("words")
     return stage
+
+
+@pytest.fixture
+def drawn(train: Callable[..., None], tmp_path: Path) -> tuple[Corpus, Texts, student.Pairs]:
+    """The toy corpus, its texts, and 400 pairs of them."""
+    prompts = load_prompts(tmp_path / "work", tmp_path / "suite", tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus", prompts)
+    texts = load_texts(prompts, load_words(tmp_path / "work")[0], seed=0)
+    draw = torch.Generator().manual_seed(0)
+    return corpus, texts, student.draw_pairs(corpus, texts, 400, draw)
 
 
 def test_a_run_is_repeatable_resumed_and_exported(
@@ -66,7 +94,7 @@ def test_a_run_is_repeatable_resumed_and_exported(
     plan = ("--steps", 4, "--save-every", 0, "--seed", 3)
     train("train", *plan)
     train("train", *plan, work="again")
-    original, calls = student.pair_loss, []
+    original, calls = student.pair_losses, []
 
     def killed(*arguments: Any) -> Any:
         calls.append(1)
@@ -75,7 +103,7 @@ def test_a_run_is_repeatable_resumed_and_exported(
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(student, "pair_loss", killed)
+        patch.setattr(student, "pair_losses", killed)
         with pytest.raises(KeyboardInterrupt):
             train("train", *plan, work="killed")
     file = "vilt-main.pt"
@@ -98,55 +126,97 @@ def test_a_run_is_repeatable_resumed_and_exported(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".out")] == []
 
 
-def test_training_lowers_the_loss_and_moves_every_part(
+def test_training_lowers_every_loss_and_moves_every_part(
     train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, losses = student.pair_loss, []
+    original, losses = student.pair_losses, []
 
     def kept(*arguments: Any) -> Any:
-        loss = original(*arguments)
-        losses.append(float(loss.detach()))
-        return loss
+        found = original(*arguments)
+        losses.append({name: float(value.detach()) for name, value in found.items()})
+        return found
 
-    monkeypatch.setattr(student, "pair_loss", kept)
+    monkeypatch.setattr(student, "pair_losses", kept)
     train("train", "--steps", 1, "--name", "one", "--seed", 1)
     train("train", "--steps", 60, "--seed", 1, "--lr", 3e-3)
-    assert sum(losses[-10:]) < 0.7 * sum(losses[1:11])
+    for name in ("text", "words", "image", "patches"):
+        before, after = (sum(loss[name] for loss in part) for part in (losses[1:6], losses[-5:]))
+        assert after < 0.9 * before, name
     first, last = (state(tmp_path / "work" / f"vilt-{name}.pt") for name in ("one", "main"))
     still = [key for key in first if "weight" in key and torch.equal(first[key], last[key])]
     assert still == []
 
 
-def test_pairs_are_what_they_say(train: Callable[..., None], tmp_path: Path) -> None:
-    work, corpus_folder = tmp_path / "work", tmp_path / "corpus"
-    prompts = load_prompts(work, tmp_path / "suite", corpus_folder)
-    corpus = Corpus(corpus_folder, prompts)
-    tokenizer, _ = load_words(work)
-    named = prompts.sentences[: prompts.names * prompts.templates]
-    sentences = tokenized(tokenizer, named).view(prompts.names, prompts.templates, -1)
-    mask = tokenizer.mask_token_id
-    draw = torch.Generator().manual_seed(0)
-    pairs = student.draw_pairs(corpus, sentences, mask, 400, draw)
+def test_it_starts_as_the_image_tower() -> None:
+    clip, draw = toy_clip(), torch.Generator().manual_seed(0)
+    tables = {
+        "words": torch.randn(30, 64, generator=draw),
+        "positions": 0.1 * torch.randn(40, 64, generator=draw),
+        "kinds": 0.1 * torch.randn(2, 64, generator=draw),
+    }
+    # patches of plain colors, of one brightness: what a patch of CLIP is scaled by hardly differs
+    pixels = torch.randn(8, 3, 4, 4, generator=draw).sign().repeat_interleave(16, 2)
+    pixels = pixels.repeat_interleave(16, 3)
+    torch.manual_seed(0)
+    model = ViltModel(vilt_config(clip, 30)).eval()
+    start_from(model, clip, tables, pixels)
+    with torch.no_grad():
+        wanted = clip.vision_model(pixel_values=pixels)
+        states = clip.vision_model.post_layernorm(wanted.last_hidden_state)
+        ids = torch.tensor([[CLS, SEP]]).expand(8, -1)
+        output = run_in_order(model, ids, torch.ones_like(ids), pixels)
+        close = F.cosine_similarity(output.last_hidden_state[:, 2:], states, dim=-1)
+        pooled = F.cosine_similarity(output.pooler_output, wanted.pooler_output, dim=-1)
+    assert close.mean() > 0.97 and pooled.mean() > 0.9
+
+
+def test_pairs_are_what_they_say(drawn: tuple[Corpus, Texts, student.Pairs]) -> None:
+    _, texts, pairs = drawn
+    assert pairs.pictures == 300 and pairs.texts.tolist() == [*range(200), *range(300, 400)]
     white = pairs.pixels.eq(1).flatten(1).all(1)
-    assert white[pairs.case == student.TEXT_ONLY].all()
-    assert not white[pairs.case != student.TEXT_ONLY].any()
-    lengths = (pairs.original != 0).sum(1)
-    assert lengths[pairs.case == student.IMAGE_ONLY].eq(2).all()
-    assert lengths[pairs.case != student.IMAGE_ONLY].gt(2).all()
-    assert pairs.matched[pairs.case != student.WHOLE].all()
-    share = (~pairs.matched).sum() / (pairs.case == student.WHOLE).sum()
-    assert 0.1 < share < student.MISMATCHED
-    for row in (pairs.case == student.WHOLE).nonzero()[:, 0].tolist():
-        text = pairs.original[row]
-        own = sentences[pairs.names[row], :, : len(text)]
-        assert bool((own == text).all(1).any()) == bool(pairs.matched[row])
-    changed = pairs.ids != pairs.original
-    assert pairs.ids[changed].eq(mask).all() and pairs.original[changed].gt(mask).all()
-    some = (
-        changed.sum(1)[pairs.case == student.TEXT_ONLY].float()
-        / (lengths - 2)[pairs.case == student.TEXT_ONLY]
-    )
-    assert some.max() == 1 and 0.1 < some.mean() < 0.6
+    assert white[300:].all() and not white[:300].any()
+    empty = torch.zeros_like(pairs.ids[0])
+    empty[:2] = torch.tensor([CLS, SEP])
+    assert pairs.ids[200:300].eq(empty).all() and pairs.ids[:, -1].any()
+    rows = {tuple(ids.tolist()): row for row, ids in enumerate(texts.ids[:, : len(empty)])}
+    for ids, meant in zip(pairs.ids[pairs.texts], pairs.meant, strict=True):
+        torch.testing.assert_close(texts.vectors[rows[tuple(ids.tolist())]], meant)
+
+
+def test_about_half_of_the_pairs_have_their_own_text(
+    drawn: tuple[Corpus, Texts, student.Pairs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, texts, _ = drawn
+    marked = Texts(texts.ids, torch.arange(float(len(texts.ids)))[:, None], texts.per_name)
+    names: list[torch.Tensor] = []
+    own = Texts.of_names
+
+    def watched(self: Texts, asked: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        names.append(asked)
+        return own(self, asked, draw)
+
+    monkeypatch.setattr(Texts, "of_names", watched)
+    monkeypatch.setattr(student, "OTHER", 0.0)
+    pairs = student.draw_pairs(corpus, marked, 400, torch.Generator().manual_seed(1))
+    told = pairs.meant[:200, 0].long() // texts.per_name
+    assert torch.equal(told, names[0])
+    monkeypatch.setattr(student, "OTHER", 1.0)
+    pairs = student.draw_pairs(corpus, marked, 400, torch.Generator().manual_seed(1))
+    told = pairs.meant[:200, 0].long() // texts.per_name
+    assert 0.1 < float((told == names[1]).float().mean()) < 0.5  # four names: a quarter by chance
+
+
+def test_lists_of_words_mean_what_stands_in_them() -> None:
+    vectors = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    bare = ["owl", "wolf", "moon", "tea", "cup", "jar"]
+    lists, meant = word_lists(bare, vectors, 2, torch.Generator().manual_seed(0))
+    assert len(lists) == 2 * LISTS and meant.shape == (2 * LISTS, 8)
+    for text, vector in zip(lists, meant, strict=True):
+        rows = [bare.index(word) for word in text.split()]
+        assert len(set(rows)) == len(rows)
+        torch.testing.assert_close(vector, F.normalize(vectors[rows].mean(0), dim=0))
+    assert any("owl" in text for text in lists[:LISTS])
+    assert any("wolf" in text for text in lists[LISTS:])
 
 
 def test_tokens_that_are_used_come_before_others() -> None:

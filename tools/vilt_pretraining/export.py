@@ -6,13 +6,14 @@ import argparse
 import logging
 
 import torch
-from transformers import ViltImageProcessorPil
+from transformers import CLIPModel, ViltImageProcessorPil, ViltModel
 
 from clip_pretraining.config import IMAGE_SIZE
 from clip_pretraining.export import staged
 from evolora.backbones.loading import load_backbone
 from evolora.streams.task import Example
-from vilt_pretraining.student import Student, vilt_config
+from vilt_pretraining.start import vilt_config
+from vilt_pretraining.student import Student
 from vilt_pretraining.words import load_words
 
 LOG = logging.getLogger("pretrain_vilt")
@@ -20,8 +21,9 @@ LOG = logging.getLogger("pretrain_vilt")
 
 def stage_export(args: argparse.Namespace) -> None:
     """Writes the folder in half precision by temp + rename, once the library can load it."""
-    tokenizer, start = load_words(args.work)
-    student = Student(vilt_config(args, len(tokenizer)), start, args.projection)
+    tokenizer, _ = load_words(args.work)
+    clip = CLIPModel.from_pretrained(args.clip)
+    student = Student(ViltModel(vilt_config(clip, len(tokenizer))), clip)
     saved = torch.load(args.work / f"vilt-{args.name}.pt", weights_only=True)
     student.load_state_dict(saved["module"])
     model = student.vilt.half()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, BertTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertTokenizer
 
 from clip_pretraining.prompts import load_prompts
 from evolora.errors import DataError
@@ -20,6 +20,7 @@ from evolora.storage.files import read_tensors, write_tensors
 LOG = logging.getLogger("pretrain_vilt")
 POSITIONS = 40  # longest text, in tokens, as in ViLT
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CLS, SEP = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")  # their ids
 START = "start.safetensors"
 
 
@@ -68,7 +69,7 @@ def stage_words(args: argparse.Namespace) -> None:
                 "positions": embeddings.position_embeddings.weight[:POSITIONS],
                 "kinds": embeddings.token_type_embeddings.weight,
             },
-            args.width,
+            AutoConfig.from_pretrained(args.clip).vision_config.hidden_size,
         )
     kept = BertTokenizer(
         vocab={token: row for row, token in enumerate(tokens)}, model_max_length=POSITIONS

@@ -75,7 +75,9 @@ def load_backbone(
     type: str = AUTO,
     text_length: int | None = None,
 ) -> Backbone:
-    """Return a backbone from a hub name, a local folder or an embedded name ("clip-tiny").
+    """Return a backbone from a hub name, a local folder or an embedded name.
+
+    Embedded are "clip-tiny" and "vilt-tiny".
 
     Args:
         name_or_path: where the model is.

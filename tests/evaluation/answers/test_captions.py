@@ -39,7 +39,7 @@ def test_the_scores_of_pycocoevalcap_on_the_same_words() -> None:
 def test_cider_d_by_hand() -> None:
     # N = 2, no n-gram is in both samples: every idf is log 2 and cancels in the cosines.
     # "kite kite" and "kite": 1-grams min(2, 1) * 1 / (2 * 1) = 1/2, no longer ones in common;
-    # lengths in word pairs are 1 and 0; mean over four n, times 10.
+    # lengths are 2 and 1; mean over four n, times 10.
     found = cider_d(["kite kite", "a dog"], [["kite"], ["the sea"]])
     assert found == pytest.approx([10 * 0.5 / 4 * math.exp(-1 / 72), 0.0])
     # A word that every sample's references have says nothing: its idf is 0.

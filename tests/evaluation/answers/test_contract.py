@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evolora.errors import ConfigError, DataError
 from evolora.evaluation.answers import short
-from evolora.evaluation.answers.contract import per_sample
+from evolora.evaluation.answers.contract import AnswerMetric, per_sample
 from evolora.registry import ANSWER_METRICS
 
 NAMES = ANSWER_METRICS.names()
@@ -102,6 +102,12 @@ def test_any_text_is_judged_within_the_range_whatever_the_order(name: str, data)
     assert again.per_sample == pytest.approx([found.per_sample[i] for i in order])
     in_place = metric.score(*zip(*(samples[i] for i in order), strict=True))
     assert in_place.mean == found.mean  # to the last bit
+
+
+def test_a_mean_is_the_same_to_the_last_bit_in_any_order() -> None:
+    metric = AnswerMetric(name="x", owner="here", judge=lambda given, _: [*map(float, given)])
+    there, back = ["0.1", "0.2", "0.3"], ["0.3", "0.2", "0.1"]  # their running sums differ
+    assert metric.score(there, [["a"]] * 3).mean == metric.score(back, [["a"]] * 3).mean
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NEEDS_MANY])

@@ -17,8 +17,7 @@ the best over references, which need not be the same one.
 
 Sources: Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation", CVPR 2015, arXiv
 1411.5726; Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004. Same numbers as
-pycocoevalcap 1.2 on the same words. Its length of a caption is the number of its word pairs, so no
-word and one word are of the same length; an empty caption is to ROUGE-L one empty word.
+pycocoevalcap 1.2 on the same words; like there, an empty caption is to ROUGE-L one empty word.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ Gram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Weighted:
-    """A caption's n-grams: per n, counts times idf, their norm; and the caption's length."""
+    """A caption's n-grams: per n, counts times idf, their norm; and its length in words."""
 
     weights: tuple[dict[Gram, float], ...]
     norms: tuple[float, ...]
@@ -103,7 +102,7 @@ def _weighted(counts: Counter[Gram], idf: dict[Gram, float], unknown: float) -> 
     return _Weighted(
         weights=weights,
         norms=tuple(math.sqrt(math.fsum(x * x for x in part.values())) for part in weights),
-        length=sum(count for gram, count in counts.items() if len(gram) == 2),
+        length=sum(count for gram, count in counts.items() if len(gram) == 1),
     )
 
 

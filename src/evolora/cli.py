@@ -240,12 +240,12 @@ def metrics(
     Console().print(table)
 
 
-KINDS = ("methods", "streams", "backbones")
+KINDS = ("methods", "streams", "backbones", "metrics")
 
 
 @app.command("ls")
 def list_kind(
-    kind: Annotated[str, typer.Argument(help="methods, streams or backbones")],
+    kind: Annotated[str, typer.Argument(help="methods, streams, backbones or metrics")],
     as_json: AsJson = False,
 ) -> None:
     """List what is there."""
@@ -262,9 +262,10 @@ def list_kind(
 
 def _entries(kind: str) -> list[dict[str, str]]:
     from evolora.assets import embedded_backbones
-    from evolora.registry import BACKBONES, METHODS, STREAMS
+    from evolora.registry import ANSWER_METRICS, BACKBONES, METHODS, STREAMS
 
-    registry = {"methods": METHODS, "streams": STREAMS, "backbones": BACKBONES}[kind]
+    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS)
+    registry = dict(zip(KINDS, registries, strict=True))[kind]
     rows = [{"name": entry.name, "summary": entry.summary} for entry in registry]
     if kind == "backbones":
         rows += [

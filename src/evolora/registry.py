@@ -1,9 +1,10 @@
-"""Named methods, streams and backbones: filled by a decorator, read by string, listed by the CLI.
+"""Named methods, streams, backbones and metrics: filled by a decorator, read by string, listed.
 
 A registry maps a public name to an object and a one-line summary. Built-in entries live in modules
 that are imported on first use, so listing names does not import torch before it must. Outside
-packages register through the entry-point groups ``evolora.methods``, ``evolora.streams`` and
-``evolora.backbones``; an entry point's module is imported and is expected to call the decorator.
+packages register through the entry-point groups ``evolora.methods``, ``evolora.streams``,
+``evolora.backbones`` and ``evolora.metrics``; an entry point's module is imported and is expected
+to call the decorator.
 """
 
 from __future__ import annotations
@@ -123,5 +124,15 @@ BACKBONES: Registry[Any] = Registry(
         "evolora.backbones.clip",
         "evolora.backbones.clip_fusion",
         "evolora.backbones.vilt",
+    ),
+)
+ANSWER_METRICS: Registry[Any] = Registry(
+    kind="metric",
+    modules=(
+        "evolora.evaluation.answers.short",
+        "evolora.evaluation.answers.vqa",
+        "evolora.evaluation.answers.choices",
+        "evolora.evaluation.answers.captions",
+        "evolora.evaluation.answers.boxes",
     ),
 )

@@ -51,6 +51,28 @@ def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(scores, error, m
     assert np.isnan(matrix.values).all()
 
 
+def test_a_task_judged_by_cider_d_may_score_above_one_and_the_file_keeps_it(tmp_path):
+    matrix = Matrix.empty(("vqa", "captions"), largest=(1, 10))
+    matrix.set_row(0, {"vqa": 1.0, "captions": 1.4877})
+    with pytest.raises(DataError, match=r"'captions'.* is 10\.5; a score is in \[0, 10\]"):
+        matrix.set_row(1, {"captions": 10.5})
+    with pytest.raises(DataError, match=r"'vqa'.* is 1\.5; a score is in \[0, 1\]"):
+        matrix.set_row(1, {"vqa": 1.5})
+    matrix.save(tmp_path / "matrix.json")
+    again = Matrix.load(tmp_path / "matrix.json")
+    np.testing.assert_array_equal(again.values, matrix.values)
+    assert again.largest.tolist() == [1, 10]
+    older = Matrix.empty(("a",)).to_json()
+    del older["largest"]
+    assert Matrix.from_json(older).largest.tolist() == [1]
+
+
+@pytest.mark.parametrize("largest", [(1,), (1, 0), (1, float("nan"))])
+def test_largest_scores_that_do_not_fit_are_refused(largest):
+    with pytest.raises(DataError, match="largest must be 2 numbers > 0"):
+        Matrix.empty(("a", "b"), largest=largest)
+
+
 def test_a_row_outside_the_matrix_is_refused():
     with pytest.raises(DataError, match="row 3"):
         Matrix.empty(("a", "b", "c")).set_row(3, [0.0, 0.0, 0.0])

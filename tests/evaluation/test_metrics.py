@@ -56,6 +56,26 @@ def test_every_metric_of_a_hand_made_matrix_equals_the_sum_done_on_paper():
     assert metrics.forgetting_chaudhry(HAND) == pytest.approx(0.3)
 
 
+def test_the_golden_matrix_of_continual_instruction_tuning():
+    """A.6 of the specification of D-MoLE: AVG has two readings, BWT two divisors, MAA is CoIN's."""
+    golden = np.array([[80, 50, 30], [70, 90, 40], [60, 85, 95]]) / 100
+    result = metrics.summary(matrix_of(golden))
+    assert result["last"] == pytest.approx(0.80)
+    assert result["bwt"] == pytest.approx(-0.125)
+    assert result["bwt_over_all"] == pytest.approx(-0.25 / 3)  # -8.333
+    assert result["average_incremental_accuracy"] == pytest.approx(0.80)  # MAA
+    assert result["avg"] == pytest.approx(2 / 3)  # avg_all
+    assert metrics.avg_seen_per_task(golden) == pytest.approx((0.70, 0.875, 0.95))
+    assert result["avg_seen"] == pytest.approx(0.84167, abs=5e-6)
+
+
+@given(squares)
+def test_avg_over_seen_stages_looks_at_nothing_above_the_diagonal(values):
+    changed = values.copy()
+    changed[np.triu_indices(len(values), 1)] = np.nan
+    assert metrics.avg_seen(changed) == metrics.avg_seen(values)
+
+
 def test_weights_by_samples_give_the_accuracy_over_all_samples():
     # 10, 30, 60 samples: step 2 is (0.6 * 10 + 0.9 * 30) / 40 = 0.825; step 3 is 0.85
     counts = [10, 30, 60]
@@ -152,7 +172,7 @@ def test_a_model_that_never_learns_neither_forgets_nor_transfers(scores):
 @given(st.integers(2, 6), st.floats(0, 1))
 def test_a_constant_matrix_gives_its_constant(size, value):
     result = metrics.summary(matrix_of(np.full((size, size), value)))
-    for name in ("transfer", "avg", "last", "average_accuracy", "average_incremental_accuracy"):
+    for name in ("transfer", "avg", "avg_seen", "last", "average_incremental_accuracy"):
         assert result[name] == pytest.approx(value)
 
 
@@ -182,13 +202,21 @@ def test_scores_before_learning_a_task_do_not_count_as_forgotten(values):
 @given(squares)
 def test_every_value_stays_in_its_range(values):
     for name, value in metrics.summary(matrix_of(values, values[0])).items():
-        low = -1.0 if name in ("bwt", "fwt", "forgetting", "cmml_fg") else 0.0
+        low = -1.0 if name in ("bwt", "bwt_over_all", "fwt", "forgetting", "cmml_fg") else 0.0
         assert value is None or low - 1e-12 <= value <= 1 + 1e-12
 
 
 def test_one_task_has_no_transfer_and_nothing_to_forget():
     result = metrics.summary(matrix_of([[0.5]], [0.25]))
-    undefined = {"transfer", "bwt", "fwt", "forgetting", "cmml_fg", "zero_shot_transfer"}
+    undefined = {
+        "transfer",
+        "bwt",
+        "bwt_over_all",
+        "fwt",
+        "forgetting",
+        "cmml_fg",
+        "zero_shot_transfer",
+    }
     assert {name for name, value in result.items() if value is None} == undefined
     assert result["last"] == 0.5 and result["zero_shot"] == 0.25
 

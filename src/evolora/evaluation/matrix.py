@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +24,49 @@ class Matrix:
 
     Args:
         tasks: task names in learning order; T of them.
-        values: (T, T); ``values[i, j]`` is the score in [0, 1] on task j's test set after learning
-            task i, NaN where that was not evaluated.
+        values: (T, T); ``values[i, j]`` is the score on task j's test set after learning task i,
+            from 0 to ``largest[j]``, NaN where that was not evaluated.
         counts: (T,) test samples of each task; 0 where unknown.
         baseline: (T,) scores before any learning (zero-shot), or None.
+        largest: (T,) best score of each task's metric: 1, but 10 of CIDEr-D. Empty: 1 throughout.
     """
 
     tasks: tuple[str, ...]
     values: Scores
     counts: NDArray[np.int64]
     baseline: Scores | None = None
+    largest: Scores = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
         self.tasks = tuple(self.tasks)
         size = len(self.tasks)
         if size == 0 or len(set(self.tasks)) != size:
             raise DataError(f"a matrix needs unique task names, at least one; got {self.tasks}")
-        self.values = _as_scores("values", self.values, (size, size), self.tasks)
+        best = np.array(self.largest, dtype=np.float64)
+        self.largest = best if best.size else np.ones(size)
+        if self.largest.shape != (size,) or not (self.largest > 0).all():
+            raise DataError(f"largest must be {size} numbers > 0; got {best.tolist()}")
+        self.values = self._as_scores("values", self.values, (size, size))
         self.counts = np.asarray(self.counts, dtype=np.int64)
         if self.counts.shape != (size,) or (self.counts < 0).any():
             raise DataError(f"counts must be {size} numbers >= 0; got {self.counts.tolist()}")
         if self.baseline is not None:
-            self.baseline = _as_scores("baseline", self.baseline, (size,), self.tasks)
+            self.baseline = self._as_scores("baseline", self.baseline, (size,))
 
     @classmethod
-    def empty(cls, tasks: Sequence[str], counts: Sequence[int] | None = None) -> Matrix:
+    def empty(
+        cls,
+        tasks: Sequence[str],
+        counts: Sequence[int] | None = None,
+        largest: Sequence[float] = (),
+    ) -> Matrix:
         """Return a matrix of these tasks with nothing evaluated yet."""
         size = len(tasks)
         return cls(
             tasks=tuple(tasks),
             values=np.full((size, size), np.nan),
             counts=np.asarray(counts if counts is not None else [0] * size, dtype=np.int64),
+            largest=np.asarray(largest, dtype=np.float64),
         )
 
     @property
@@ -73,12 +85,13 @@ class Matrix:
 
         Args:
             i: index of the task that was just learned.
-            scores: task name -> score in [0, 1] (a task left out was not evaluated), or one score
-                per task with NaN where not evaluated.
+            scores: task name -> score (a task left out was not evaluated), or one score per task
+                with NaN where not evaluated.
             counts: task name -> test samples; updates ``counts``.
 
         Raises:
-            DataError: a score outside [0, 1], a wrong length, or an unknown task or row.
+            DataError: a score below 0 or above the task's largest, a wrong length, or an unknown
+                task or row.
         """
         if not 0 <= i < len(self.tasks):
             raise DataError(f"row {i} is outside this matrix of {len(self.tasks)} tasks")
@@ -98,6 +111,7 @@ class Matrix:
             "values": [_nulls(row) for row in self.values],
             "counts": self.counts.tolist(),
             "baseline": None if self.baseline is None else _nulls(self.baseline),
+            "largest": self.largest.tolist(),
         }
 
     @classmethod
@@ -119,6 +133,7 @@ class Matrix:
                 values=np.asarray(data["values"], dtype=np.float64),
                 counts=np.asarray(data["counts"], dtype=np.int64),
                 baseline=None if baseline is None else np.asarray(baseline, dtype=np.float64),
+                largest=np.asarray(data.get("largest", ()), dtype=np.float64),
             )
         except KeyError as error:
             raise StorageError(f"matrix lacks the field {error.args[0]!r}") from error
@@ -148,11 +163,26 @@ class Matrix:
 
     def _line(self, what: str, scores: Mapping[str, float] | Sequence[float]) -> Scores:
         if not isinstance(scores, Mapping):
-            return _as_scores(what, scores, (len(self.tasks),), self.tasks)
+            return self._as_scores(what, scores, (len(self.tasks),))
         line = np.full(len(self.tasks), np.nan)
         for name, score in scores.items():
             line[self._index(name)] = score
-        return _as_scores(what, line, line.shape, self.tasks)
+        return self._as_scores(what, line, line.shape)
+
+    def _as_scores(self, what: str, values: Any, shape: tuple[int, ...]) -> Scores:
+        scores = np.array(values, dtype=np.float64)  # a copy: rows are written in place
+        if scores.shape != shape:
+            raise DataError(
+                f"{what} must have shape {shape} for {len(self.tasks)} tasks; got {scores.shape}"
+            )
+        wrong = np.argwhere(~np.isnan(scores) & ~((scores >= 0) & (scores <= self.largest)))
+        if len(wrong):
+            cell = tuple(int(x) for x in wrong[0])
+            raise DataError(
+                f"{what} at {tuple(self.tasks[x] for x in cell)} is {scores[cell]:g}; a score is "
+                f"in [0, {self.largest[cell[-1]]:g}]"
+            )
+        return scores
 
 
 def read_matrix(path: str | Path) -> Matrix:
@@ -160,21 +190,6 @@ def read_matrix(path: str | Path) -> Matrix:
     from evolora.evaluation import matrix_file  # it needs Matrix: imported when both are complete
 
     return matrix_file.read_matrix(path)
-
-
-def _as_scores(what: str, values: Any, shape: tuple[int, ...], tasks: tuple[str, ...]) -> Scores:
-    scores = np.array(values, dtype=np.float64)  # a copy: rows are written in place
-    if scores.shape != shape:
-        raise DataError(
-            f"{what} must have shape {shape} for {len(tasks)} tasks; got {scores.shape}"
-        )
-    wrong = np.argwhere(~np.isnan(scores) & ~((scores >= 0) & (scores <= 1)))
-    if len(wrong):
-        cell = tuple(int(x) for x in wrong[0])
-        raise DataError(
-            f"{what} at {tuple(tasks[x] for x in cell)} is {scores[cell]:g}; a score is in [0, 1]"
-        )
-    return scores
 
 
 def _nulls(row: Scores) -> list[float | None]:

@@ -25,7 +25,11 @@ DEFINITIONS: dict[str, str] = {
     ),
     "avg": (
         "Avg (ZSCL): for each task, the mean score on it after every task, learned or not; then "
-        "the mean over tasks."
+        "the mean over tasks. Also D-MoLE's AVG if all stages count (avg_all)."
+    ),
+    "avg_seen": (
+        "D-MoLE's AVG if only stages after a task was learned count: for each task, the mean score "
+        "on it when it was just learned and after every later task; then the mean over tasks."
     ),
     "last": "Last (ZSCL): the mean score over all tasks after the last one.",
     "average_accuracy": (
@@ -33,11 +37,16 @@ DEFINITIONS: dict[str, str] = {
     ),
     "average_incremental_accuracy": (
         "Average incremental accuracy (iCaRL): after each task, the score over all tasks learned "
-        "so far; then the mean over those steps. The Avg of class-incremental tables."
+        "so far; then the mean over those steps. The Avg of class-incremental tables, and the MAA "
+        "of CoIN (mean average accuracy)."
     ),
     "bwt": (
         "Backward transfer (Lopez-Paz & Ranzato): for each task but the last, its final score "
         "minus its score when it was just learned; the mean. Negative is forgetting."
+    ),
+    "bwt_over_all": (
+        "Backward transfer over all T tasks: the sum of `bwt` divided by T instead of T - 1, as in "
+        "some tables of instruction tuning; the last task counts 0."
     ),
     "fwt": (
         "Forward transfer (Lopez-Paz & Ranzato): for each task but the first, its score just "
@@ -95,6 +104,24 @@ def avg_zscl(values: ArrayLike) -> Score:
     return _mean_of(avg_per_task(values))
 
 
+def avg_seen_per_task(values: ArrayLike) -> tuple[Score, ...]:
+    """Return mean_{i>=j} A[i, j] per task, (T,): its column from the diagonal down."""
+    matrix = _square(values)
+    return tuple(_mean(matrix[j:, j]) for j in range(len(matrix)))
+
+
+def avg_seen(values: ArrayLike) -> Score:
+    """Return AVG = mean_j mean_{i>=j} A[i, j].
+
+    D-MoLE's AVG is "the average across stages", which leaves open whether stages before a task was
+    learned count (`avg_zscl`) or not (this). Columns are averaged first, so each task weighs alike.
+
+    Source: Ge et al., "Dynamic Mixture of Curriculum LoRA Experts for Continual Multimodal
+    Instruction Tuning" (D-MoLE), ICML 2025, arXiv 2506.11672.
+    """
+    return _mean_of(avg_seen_per_task(values))
+
+
 def last_per_task(values: ArrayLike) -> tuple[Score, ...]:
     """Return Last_j = A[T-1, j] per task, (T,)."""
     return tuple(_mean(cell) for cell in _square(values)[-1][:, None])
@@ -128,7 +155,8 @@ def average_incremental_accuracy(values: ArrayLike, counts: ArrayLike | None = N
             samples of the seen classes, which is what class-incremental papers report; without
             them tasks weigh alike.
 
-    Source: Rebuffi et al., "iCaRL", CVPR 2017, arXiv 1611.07725.
+    Source: Rebuffi et al., "iCaRL", CVPR 2017, arXiv 1611.07725; without counts the MAA of CoIN,
+    Chen et al., NeurIPS 2024, arXiv 2403.08350.
     """
     matrix = _square(values)
     weights = _weights(counts, len(matrix))
@@ -146,6 +174,16 @@ def bwt_lopezpaz(values: ArrayLike) -> Score:
     """
     matrix = _square(values)
     return _mean(matrix[-1, :-1] - matrix.diagonal()[:-1])
+
+
+def bwt_over_all(values: ArrayLike) -> Score:
+    """Return 1/T sum_{j<T-1} (A[T-1, j] - A[j, j]) = (T-1)/T BWT; None for one task.
+
+    Papers on continual instruction tuning after CoIN (Chen et al., NeurIPS 2024, arXiv 2403.08350)
+    divide by T or by T - 1 without always saying so.
+    """
+    transfer, tasks = bwt_lopezpaz(values), len(_square(values))
+    return None if transfer is None else transfer * (tasks - 1) / tasks
 
 
 def fwt_lopezpaz(values: ArrayLike, baseline: ArrayLike | None) -> Score:
@@ -217,10 +255,12 @@ def summary(matrix: Matrix) -> dict[str, Score]:
     return {
         "transfer": transfer_zscl(values),
         "avg": avg_zscl(values),
+        "avg_seen": avg_seen(values),
         "last": last(values),
         "average_accuracy": average_accuracy(values),
         "average_incremental_accuracy": average_incremental_accuracy(values),
         "bwt": bwt_lopezpaz(values),
+        "bwt_over_all": bwt_over_all(values),
         "fwt": fwt_lopezpaz(values, baseline),
         "forgetting": forgetting_chaudhry(values),
         "cmml_ap": ap_cmml(values),

@@ -23,7 +23,7 @@ class Evaluation:
     """How one task's test set was answered.
 
     Args:
-        score: the task's metric, in [0, 1].
+        score: the task's metric, in [0, 1]; CIDEr-D of generated captions in [0, 10].
         samples: number of test samples.
         routes: who answered ("base", a task's name, "shared") -> number of samples.
         by_case: the score over complete samples and over those that lack a modality.

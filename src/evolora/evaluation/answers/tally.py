@@ -1,0 +1,105 @@
+"""Generated answers of one test set, collected over batches and processes, then judged together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from evolora.errors import DataError
+from evolora.evaluation.answers.contract import AnswerMetric, References, Scores
+from evolora.streams.missing import CODE_NAMES, COMPLETE
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One test sample that was answered.
+
+    Args:
+        row: of the test set; a row that several processes answer counts once.
+        prediction: what the model wrote.
+        references: what counts as right.
+        code: what was missing, see ``evaluation.tally.cases``.
+    """
+
+    row: int
+    prediction: str
+    references: tuple[str, ...]
+    code: int = COMPLETE
+
+
+Gather = Callable[[list[Answered]], list[Answered]]
+
+
+class AnswerTally:
+    """The answers of one test set. Texts are kept: a metric over a corpus needs all of them.
+
+    Unlike the counts of :mod:`evolora.evaluation.tally`, answers of several processes are not
+    summed but gathered (``accelerate.utils.gather_object``), once, before the score is asked for.
+
+    Args:
+        metric: how they are judged.
+    """
+
+    def __init__(self, metric: AnswerMetric) -> None:
+        self.metric = metric
+        self._answered: dict[int, Answered] = {}
+
+    def __len__(self) -> int:
+        return len(self._answered)
+
+    def add(
+        self,
+        rows: Sequence[int],
+        predictions: Sequence[str],
+        references: Sequence[References],
+        codes: Sequence[int] | None = None,
+    ) -> None:
+        """Add a batch: rows of the test set, what was written, what is right, what was missing.
+
+        Raises:
+            DataError: the lengths differ.
+        """
+        missing = [COMPLETE] * len(rows) if codes is None else codes
+        lengths = (len(rows), len(predictions), len(references), len(missing))
+        if len(set(lengths)) > 1:
+            raise DataError(
+                "a batch of answers needs as many rows, predictions, references and codes; "
+                f"got {', '.join(map(str, lengths))}"
+            )
+        for row, text, accepted, code in zip(rows, predictions, references, missing, strict=True):
+            self._enter(Answered(row, text, tuple(accepted), code))
+
+    def gather(self, gather: Gather) -> None:
+        """Take in what the other processes answered; every process must call this."""
+        for one in gather(list(self._answered.values())):
+            self._enter(one)
+
+    def score(self) -> float:
+        """Return the metric's mean over all samples."""
+        return self._scores().mean
+
+    def by_case(self) -> Mapping[str, float]:
+        """Return the mean over the samples of each case that occurs.
+
+        A metric over a corpus judges all of them together first: CIDEr-D counts its documents over
+        the whole test set, so the score is the weighted mean of the cases.
+        """
+        found = self._scores().per_sample
+        parts: dict[str, list[float]] = {}
+        for one, score in zip(self.answered(), found, strict=True):
+            parts.setdefault(CODE_NAMES[one.code], []).append(score)
+        return {name: math.fsum(parts[name]) / len(parts[name]) for name in sorted(parts)}
+
+    def answered(self) -> list[Answered]:
+        """Return the answers in the order of the test set."""
+        return [self._answered[row] for row in sorted(self._answered)]
+
+    def _scores(self) -> Scores:
+        answered = self.answered()
+        return self.metric.score(
+            [one.prediction for one in answered], [one.references for one in answered]
+        )
+
+    def _enter(self, one: Answered) -> None:
+        self._answered.setdefault(one.row, one)

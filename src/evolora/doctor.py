@@ -92,10 +92,11 @@ def _assets() -> dict[str, Any]:
     from evolora.assets import ROOT, embedded_backbones
 
     backbones = embedded_backbones()
-    data = (ROOT / "mosaic" / "domains.safetensors").exists()
-    ok = bool(backbones) and data
-    found = "present" if data else "missing"
-    detail = f"backbones {', '.join(backbones) or 'none'}; mosaic/domains {found}"
+    streams = {name: ROOT / "mosaic" / f"{name}.safetensors" for name in ("domains", "missing")}
+    lost = [f"mosaic/{name}" for name, file in streams.items() if not file.exists()]
+    found = ", ".join(f"mosaic/{name}" for name, file in streams.items() if file.exists())
+    detail = f"backbones {', '.join(backbones) or 'none'}; streams {found or 'none'}"
+    ok = bool(backbones) and not lost
     return _finding("embedded assets", ok, detail if ok else detail + "; reinstall evolora")
 
 

@@ -65,6 +65,7 @@ def update(pool: FactorPool, query: Tensor, uniform: int | None = 0) -> tuple[li
     ],
 )  # fmt: skip
 def test_golden_experts(query, cfs, down, up, rows, first, second, uniform) -> None:
+    """G1, G2: factors, updates and outputs of the small expert."""
     found_down, found_up, dw = update(golden(cfs), torch.tensor(query), uniform)
     assert (found_down, found_up) == (down, up)
     torch.testing.assert_close(dw, torch.tensor(rows, dtype=torch.float32))
@@ -73,6 +74,7 @@ def test_golden_experts(query, cfs, down, up, rows, first, second, uniform) -> N
 
 
 def test_golden_gates_of_the_down_factors() -> None:
+    """G3: gates are chances renormalised over the chosen."""
     pool = golden(False, router_grad="weighted")
     with torch.no_grad():  # equal chances of the up-factors leave the down-factors' alone
         pool.up_router.active.zero_()
@@ -170,6 +172,7 @@ def test_up_factors_are_chosen_by_the_tasks_own_down_factors(uniform: int | None
 
 
 def test_the_rank_is_at_most_r_and_a_full_pool_is_a_permutation() -> None:
+    """I4, I16: of the update; r = E takes all."""
     pool = random_pool(num_factors=4, r=4, router_grad="none", cfs_mode="off")
     query = torch.randn(7, generator=torch.Generator().manual_seed(1))
     down, up, dw = update(pool, query)
@@ -193,6 +196,7 @@ def test_older_pools_are_frozen_bit_for_bit_and_new_ones_give_zero() -> None:
 
 @pytest.mark.parametrize(("cfs", "count"), [("softmax_sum", 98_336), ("off", 49_184)])
 def test_parameters_of_a_pool_at_vilt_width(cfs: str, count: int) -> None:
+    """G11: values of one pool."""
     pool = FactorPool(768, 768, 768, FactorConfig(cfs_mode=cfs), device="meta")
     pool.grow(torch.Generator())
     assert sum(p.numel() for p in pool.parameters()) == count

@@ -85,6 +85,7 @@ def test_the_other_query_stands_in_for_a_missing_one(cmgr: Any, rows: list) -> N
 
 @KINDS
 def test_a_fresh_task_is_the_frozen_model(kind: str) -> None:
+    """I1: B is zero, so a new task starts as the frozen model."""
     learner = pair_learner(DeLoConfig(**SMALL), kind)
     learner.begin(pair_task(0))
     batch = batch_of(learner)
@@ -94,7 +95,7 @@ def test_a_fresh_task_is_the_frozen_model(kind: str) -> None:
 
 @KINDS
 def test_experts_run_everywhere_and_change_the_answer(kind: str) -> None:
-    """The test that would have caught the released code."""
+    """I2: The test that would have caught the released code."""
     learner = pair_learner(DeLoConfig(**SMALL), kind)
     learner.begin(pair_task(0))
     batch, calls = batch_of(learner, (0,)), []
@@ -112,6 +113,7 @@ def test_experts_run_everywhere_and_change_the_answer(kind: str) -> None:
 @KINDS
 @pytest.mark.parametrize("how", ["weighted", "straight_through", "none"])
 def test_every_active_tensor_gets_gradient(kind: str, how: Any) -> None:
+    """I3: after one step; at B = 0 that of A is zero."""
     learner = pair_learner(DeLoConfig(router_grad=how, **SMALL), kind)
     learner.learn(pair_task(0))
     learner.begin(pair_task(1))
@@ -131,6 +133,7 @@ def test_every_active_tensor_gets_gradient(kind: str, how: Any) -> None:
 
 @KINDS
 def test_older_pools_and_keys_stay_bit_for_bit(kind: str) -> None:
+    """I5: nothing of an older task moves or is in the optimizer."""
     learner = pair_learner(DeLoConfig(**SMALL), kind)
     learner.learn(pair_task(0))
     before = [stack.all().clone() for pool in learner.method._pools() for stack in pool.stacks()]
@@ -185,6 +188,7 @@ def test_a_missing_text_is_routed_by_the_image() -> None:
 
 
 def test_guidance_does_not_touch_complete_samples() -> None:
+    """I7: the switch is for incomplete samples."""
     found = []
     for cmgr in ("symmetric", "text_only", "off"):
         learner = pair_learner(DeLoConfig(cmgr=cmgr, **SMALL))
@@ -199,6 +203,7 @@ def test_guidance_does_not_touch_complete_samples() -> None:
 
 @KINDS
 def test_batch_mates_and_padding_do_not_matter(kind: str) -> None:
+    """I8, I9: neither the batch nor its padding changes an answer."""
     learner = pair_learner(DeLoConfig(**SMALL), kind)
     for index in range(2):
         learner.learn(pair_task(index))
@@ -214,6 +219,7 @@ def test_batch_mates_and_padding_do_not_matter(kind: str) -> None:
 
 @KINDS
 def test_the_right_key_gives_the_oracles_answer(kind: str) -> None:
+    """I11: told or inferred, the same task answers the same."""
     learner = pair_learner(DeLoConfig(**SMALL), kind)
     for index in range(2):
         learner.learn(pair_task(index))
@@ -312,6 +318,7 @@ def test_presets_learn(preset: Any) -> None:
 
 @KINDS
 def test_saved_and_loaded_it_answers_the_same(kind: str, tmp_path: Path) -> None:
+    """I12: logits and keys, after a strict load."""
     learner = pair_learner(DeLoConfig(**SMALL), kind)
     for index in range(2):
         learner.learn(pair_task(index))

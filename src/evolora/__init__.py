@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from evolora.allocation.settings import GradientAllocationConfig as GradientAllocation
+    from evolora.allocation.value import Allocation
     from evolora.answering import Answer
     from evolora.evaluation.tally import Evaluation
     from evolora.learner import Learner
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from evolora.training.config import TrainingConfig
 
 _PUBLIC = {
+    "Allocation": ("evolora.allocation.value", "Allocation"),
     "Answer": ("evolora.answering", "Answer"),
     "Evaluation": ("evolora.evaluation.tally", "Evaluation"),
     "CodaPrompt": ("evolora.methods.coda_prompt", "CodaPromptConfig"),
@@ -35,6 +38,7 @@ _PUBLIC = {
     "ER": ("evolora.methods.er", "ERConfig"),
     "EWC": ("evolora.methods.ewc", "EWCConfig"),
     "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
+    "GradientAllocation": ("evolora.allocation.settings", "GradientAllocationConfig"),
     "JointLoRA": ("evolora.methods.lora", "JointLoRAConfig"),
     "L2P": ("evolora.methods.l2p", "L2PConfig"),
     "Learner": ("evolora.learner", "Learner"),
@@ -53,11 +57,13 @@ __all__ = [
     "ER",
     "EWC",
     "L2P",
+    "Allocation",
     "Answer",
     "CodaPrompt",
     "DeLo",
     "Evaluation",
     "FullFinetuning",
+    "GradientAllocation",
     "JointLoRA",
     "Learner",
     "LinearProbe",

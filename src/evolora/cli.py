@@ -181,16 +181,24 @@ def report(
 
 @app.command()
 def inspect(
-    config: Annotated[Path, typer.Argument(help="YAML file")],
+    config: Annotated[Path, typer.Argument(help="YAML file, or the folder of a run")],
     overrides: Overrides = None,
     tasks: Annotated[int | None, typer.Option(help="number of tasks; default the stream's")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count parameters, bytes and FLOPs of a configuration, without weights or data."""
-    from evolora.config import read_config
-    from evolora.evaluation.inspection import inspect_config
+    """Count parameters, bytes and FLOPs of a configuration, without weights or data, or of a run.
 
-    result = inspect_config(read_config(config, overrides or []), tasks=tasks)
+    Where experts stand under a budget is shown as a map of layers and tasks.
+    """
+    from evolora.config import read_config
+    from evolora.evaluation.inspection import inspect_config, inspect_run
+
+    if config.is_dir():
+        if overrides or tasks is not None:
+            raise ConfigError(f"{config} is a run, whose settings are fixed; name a YAML file")
+        result = inspect_run(config)
+    else:
+        result = inspect_config(read_config(config, overrides or []), tasks=tasks)
     if as_json:
         print_json(result.to_json())
         return
@@ -215,6 +223,8 @@ def inspect(
             f"{step.flops_cached:,} with what lies below kept",
             soft_wrap=True,
         )
+    if result.allocation is not None:
+        console.print(result.allocation.table(), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -106,6 +106,12 @@ class RunConfig:
         if self.training.cached_dtype == "float16":  # rounding is all a cache can change
             value["training"]["cached_dtype"] = "float16"
         value.pop("name")
+        allocation = value["method"].get("allocation", "")
+        if allocation is None:  # as before there was a choice
+            value["method"].pop("allocation")
+        elif isinstance(allocation, str) and Path(allocation).is_file():
+            content = Path(allocation).read_bytes()  # what it says decides, not what it is called
+            value["method"]["allocation"] = hashlib.sha256(content).hexdigest()
         for name in ("type", "text_length"):  # as before there was a choice
             if value["backbone"][name] == getattr(BackboneConfig, name):
                 value["backbone"].pop(name)
@@ -314,6 +320,10 @@ def _check_alternatives(
     checked = dict(value)
     for name, alternatives in _alternatives(kind).items():
         if name not in value or dataclasses.is_dataclass(value[name]):
+            continue
+        other = typing.get_args(typing.get_type_hints(kind)[name])
+        plain = type(value[name]) in other and value[name] not in list(alternatives)
+        if plain:  # none, or words that are no type: the path of a file
             continue
         given = checked.pop(name)
         given = {"type": given} if isinstance(given, str) else given

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from evolora.allocation.sample import TaskSamples
 from evolora.answering import Answer, answer_inputs, answerer
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError, unknown_name
@@ -157,10 +158,13 @@ class Learner:
                 self.begin(task)
             index = len(self.task_names) - 1
             train, held_out = split_held_out(task)
+            read = partial(self._of_task, index, train)
+            if progress is None:
+                self.method.preview(index, self._samples(len(train), read))
             replayed = self.archive.replayed(self._keys)
             run = self._task_run(task.name, [(index, train)], self.training.max_steps, replayed)
             loss = self._train(run, progress, save)
-            self.method.review(index, len(train), partial(self._of_task, index, train))
+            self.method.review(index, len(train), read)
             self._finish(index, train, held_out)
             self._settle()
         return loss
@@ -354,6 +358,11 @@ class Learner:
         """Yield rows of a data set without augmentation."""
         samples = self.samples if self.evaluation_cache else None
         return evaluation_batches(data, self.backbone, self.evaluation_batch_size, rows, samples)
+
+    def _samples(self, rows: int, read: Callable[[Sequence[int]], Iterable[Batch]]) -> TaskSamples:
+        summed = partial(self.accelerator.reduce, reduction="sum")
+        own = self.share
+        return TaskSamples(rows=rows, read=read, index=own.index, count=own.count, summed=summed)
 
     def _of_task(self, task: int, data: Examples, rows: Sequence[int]) -> Iterator[Batch]:
         """Yield some rows of a task's data set, as batches of the task."""

@@ -82,6 +82,7 @@ HARD: dict[str, Any] = {"augment": True, "max_classes_per_step": 2, "max_grad_no
     "method",
     [
         "moe-adapters",
+        "allocated-lora",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in ("er", "ewc", "full-finetuning", "joint-lora", "linear-probe", "zero-shot")

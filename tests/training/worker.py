@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tests.conftest import ToyProcessor, toy_model, toy_task
 
+from evolora.allocation.settings import GradientAllocationConfig
 from evolora.backbones.clip import DualEncoder
 from evolora.config import EvaluationConfig, RunConfig
 from evolora.methods.er import ERConfig
@@ -52,6 +53,9 @@ TOY: dict[str, Any] = {
     "ewc": EWCConfig(**LORA, fisher_samples=6),
     "er": ERConfig(**LORA, capacity=12),
     "lora-per-task": LoRAPerTaskConfig(**LORA),
+    "allocated-lora": LoRAPerTaskConfig(
+        **LORA, allocation=GradientAllocationConfig(budget=4, sample=9)
+    ),
     "full-finetuning": FullFinetuningConfig(),
     "linear-probe": LinearProbeConfig(),
     "zero-shot": ZeroShotConfig(),

@@ -243,16 +243,18 @@ class Backbone(FrozenModel):
             ConfigError: the tower has no such block.
         """
 
-    def known_prefix(self, batch: Batch) -> Prefix | None:
+    def known_prefix(self, batch: Batch, route: Route) -> Prefix | None:
         """Return what :attr:`cached_tower` can go on from below its experts, or None.
 
-        It is what the batch brings, or what is kept of its samples (computed once).
+        It is what the batch brings, or what is kept of its samples (computed once). A training step
+        goes on from below the experts of its own task, which may be higher than others'.
         """
         if self.has_other_weights:
             return None
         if batch.prefix is not None:
             return batch.prefix
-        cut, known = self.host.lowest(self.cached_tower), batch.known
+        task = route.uniform if route.random is not None else None
+        cut, known = self.host.lowest(self.cached_tower, task), batch.known
         if not cut or known is None or known.memory.prefixes is None or not self.host.enabled:
             return None
 

@@ -150,10 +150,11 @@ class DualEncoder(PromptBackbone):
     def encode(self, batch: Batch, route: Route) -> Tensor:
         """Return L2-normalisable image embeddings (b, p) under the route."""
         self.host.set_route("vision", route)
-        prefix = self.known_prefix(batch)
+        prefix = self.known_prefix(batch, route)
         if prefix is not None:
             return self._go_on(prefix.hidden, prefix.cut)
-        if batch.known and not self.has_other_weights and self.host.lowest("vision") is None:
+        lowest = self.host.lowest("vision", route.uniform)
+        if batch.known and not self.has_other_weights and lowest is None:
             return self.encode_base(batch, features=False).embedding
         return self._image_embedding(batch)
 

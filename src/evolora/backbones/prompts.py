@@ -59,7 +59,7 @@ class PromptEncoder:
     ) -> Tensor:
         """Return unit-length class embeddings (c, p); see ``DualEncoder.class_embeddings``."""
         templates = labels.templates if ensemble else labels.templates[:1]
-        if reuse and self._frozen():
+        if reuse and self._frozen(task):
             return self._frozen_embeddings(labels, templates, classes)
         cacheable = not torch.is_grad_enabled() and random is None
         chosen = None if classes is None else tuple(classes)
@@ -112,10 +112,10 @@ class PromptEncoder:
             if name in tokens
         }
 
-    def _frozen(self) -> bool:
-        """Return whether the text tower is the base's, whatever the route."""
+    def _frozen(self, task: int) -> bool:
+        """Return whether the text tower is the base's for a task."""
         backbone = self.backbone
-        return backbone.host.lowest("text") is None and not backbone.has_other_weights
+        return backbone.host.lowest("text", task) is None and not backbone.has_other_weights
 
     @torch.no_grad()
     def _frozen_embeddings(
@@ -159,7 +159,7 @@ class PromptEncoder:
     ) -> Tensor:
         """Return (rows, p) embeddings of some of the prompts."""
         tokens = {name: value[list(rows)] for name, value in self.tokenize(prompts).items()}
-        cut = self.backbone.host.lowest("text")
+        cut = self.backbone.host.lowest("text", task)
         if reuse and cut and self.backbone.host.enabled and not self.backbone.has_other_weights:
             whole = self._entering_block(prompts, cut)
             ids = self._trimmed(tokens)["input_ids"].to(self.backbone.device)

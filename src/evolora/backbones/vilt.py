@@ -209,13 +209,14 @@ class Vilt(Backbone):
 
     def encode(self, batch: Batch, route: Route) -> Tensor:
         """Return the pooled state (b, p) under the route; sites get it with its ``spans``."""
-        prefix = self.known_prefix(batch)
+        prefix = self.known_prefix(batch, route)
         if prefix is not None:
             assert prefix.mask is not None
             tokens = prefix.mask[:, : self.text_length]
             self.host.set_route(TOWER, replace(route, spans=self._cut(batch, tokens)))
             return self._go_on(prefix)
-        if batch.known and not self.has_other_weights and self.host.lowest(TOWER) is None:
+        lowest = self.host.lowest(TOWER, route.uniform)
+        if batch.known and not self.has_other_weights and lowest is None:
             return self.encode_base(batch, features=False).embedding
         inputs = dict(batch.inputs)
         length = longest(inputs["attention_mask"])

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from evolora.allocation.value import FILE as ALLOCATION
+from evolora.allocation.value import Allocation
 from evolora.assets import ROOT, embedded_backbone
 from evolora.backbones.base import Backbone
 from evolora.backbones.loading import wrap_model
-from evolora.config import BackboneConfig, RunConfig, build_method, load_stream
+from evolora.config import BackboneConfig, RunConfig, build_method, load_stream, parse_config
 from evolora.errors import ConfigError, DataError
 from evolora.evaluation.training_cost import TowerTraining, base_flops, training_cost
 from evolora.methods.base import Method
 from evolora.routing.selector import AutoEncoderSelector
+from evolora.storage.files import read_json
 from evolora.streams.task import LabelSpace
 
 PARTS = {
@@ -76,6 +80,8 @@ class Inspection:
         flops: tower -> {"base", "experts"} for one row.
         training: tower -> how deep gradients go and what a training step costs for one row.
         sites: per site.
+        allocation: which sites have experts of which task, where an allocator decides it. Scores of
+            gradients need data: without, their number is right and their places are a guess.
     """
 
     method: str
@@ -89,10 +95,30 @@ class Inspection:
     flops: Mapping[str, Mapping[str, int]]
     training: Mapping[str, TowerTraining]
     sites: list[SiteCost]
+    allocation: Allocation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self)
+        allocation = None if self.allocation is None else self.allocation.to_json()
+        return {**asdict(self), "allocation": allocation}
+
+
+def inspect_run(folder: Path) -> Inspection:
+    """Return what a run costs, with its experts where it has put them.
+
+    Args:
+        folder: of a run; tasks that it has not come to yet are not counted.
+
+    Raises:
+        StorageError: it is no run, or a file of it is damaged.
+    """
+    config = parse_config(read_json(folder / "config.json", kind="run")["config"])
+    if not (folder / ALLOCATION).exists():
+        return inspect_config(config)
+    known = Allocation.load(folder / ALLOCATION)
+    method = replace(config.method, allocation=str(folder / ALLOCATION))
+    labels = _label_spaces(config, None)[: len(known.tasks)]
+    return replace(_inspect(replace(config, method=method), labels), allocation=known)
 
 
 def inspect_config(config: RunConfig, *, tasks: int | None = None) -> Inspection:
@@ -102,12 +128,16 @@ def inspect_config(config: RunConfig, *, tasks: int | None = None) -> Inspection
         config: the run.
         tasks: number of tasks; None takes the stream's.
     """
+    return _inspect(config, _label_spaces(config, tasks))
+
+
+def _inspect(config: RunConfig, labels: list[LabelSpace]) -> Inspection:
     backbone = meta_backbone(config.backbone)
     method = build_method(config.method, backbone, seed=config.seed)
-    labels = _label_spaces(config, tasks)
     trainable, stored = [], []
     for index, space in enumerate(labels):
         method.begin_task(f"task {index}", space)
+        method.preview(index, None)
         trainable.append(_trainable(method))
         if not method.joint:
             method.finish_task()
@@ -133,6 +163,7 @@ def inspect_config(config: RunConfig, *, tasks: int | None = None) -> Inspection
         flops=flops,
         training=training_cost(method, backbone, {t: c["experts"] for t, c in flops.items()}),
         sites=sites,
+        allocation=method.allocation,
     )
 
 

@@ -51,7 +51,8 @@ def training_cost(
     costs = {}
     for tower, (function, inputs) in backbone.tower_inputs().items():
         blocks = backbone.blocks(tower)
-        lowest = 0 if method.replaces_weights else backbone.host.lowest(tower)
+        last = method.expert_task(len(method.labels) - 1)
+        lowest = 0 if method.replaces_weights else backbone.host.lowest(tower, last)
         if method.replaces_weights:  # weight gradients cost what gradients of inputs do
             below, above = 0, 3 * _forward(backbone, function, inputs)
         else:

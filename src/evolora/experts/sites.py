@@ -83,6 +83,10 @@ class ExpertLayer(nn.Module):
 
     formulation: Formulation = "auto"
 
+    def answers(self, task: int | None) -> bool:
+        """Return whether the layer may change a row of a task; of None: of any task."""
+        return True
+
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
         """Return the new output (b, n, d_out); never called with a row that the base answers.
 
@@ -123,21 +127,31 @@ class SiteHost:
         self._routes: dict[str, Route] = {}
         self._handles: list[RemovableHandle] = []
         self._linears: list[_LinearSite] = []
-        self._lowest: dict[str, int] = {}
         self._layers: list[ExpertLayer] = []
+        self._places: list[tuple[str, int, ExpertLayer | None]] = []
 
     @property
     def folded_bytes(self) -> int:
         """Bytes of all folded weights kept now."""
         return sum(linear.folds.nbytes for linear in self._linears if linear.folds)
 
-    def lowest(self, tower: str) -> int | None:
-        """Return the lowest block of a tower that has a site, or None if none has."""
-        return self._lowest.get(tower)
+    def lowest(self, tower: str, task: int | None = None) -> int | None:
+        """Return the lowest block of a tower where something acts, or None if nothing does.
+
+        Args:
+            tower: the tower.
+            task: on whose rows; None asks for any task.
+        """
+        acting = (
+            block
+            for where, block, layer in self._places
+            if where == tower and (layer is None or layer.answers(task))
+        )
+        return min(acting, default=None)
 
     def insert(self, site: Site, layer: ExpertLayer) -> None:
         """Let ``layer`` add to ``site`` from the next forward on."""
-        self._lowest[site.tower] = min(site.layer, self._lowest.get(site.tower, site.layer))
+        self._places.append((site.tower, site.layer, layer))
         self._layers.append(layer)
         if site.norm is None:
             linear = _LinearSite(self, site, layer)
@@ -191,7 +205,7 @@ class SiteHost:
 
     def hold(self, tower: str, layer: int, handle: RemovableHandle) -> None:
         """Keep the handle of a hook that acts in a block, to be removed with all the others."""
-        self._lowest[tower] = min(layer, self._lowest.get(tower, layer))
+        self._places.append((tower, layer, None))
         self._handles.append(handle)
 
     def route_at(self, tower: str, place: str, rows: int) -> Route | None:
@@ -239,7 +253,7 @@ class SiteHost:
         self._linears.clear()
         self._layers.clear()
         self._routes.clear()
-        self._lowest.clear()
+        self._places.clear()
 
     def set_route(self, tower: str, route: Route) -> None:
         """Put the route in place for the tower's forwards until the next call."""

@@ -17,6 +17,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from evolora.allocation.allocator import Allocator
+from evolora.allocation.sample import TaskSamples
+from evolora.allocation.value import Allocation
 from evolora.backbones.base import Backbone, Batch, Encoded, prompts_of
 from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
@@ -87,6 +90,7 @@ class Method(nn.Module):
         query_feature: feature of the untouched model that routes carry as ``queries``, or None.
         reservoir: which samples of earlier tasks are replayed in training; None replays none. Heads
             of replayed tasks go on learning.
+        allocator: decides which sites get a task's experts; None where the method has a rule.
 
     Args:
         config: instance of ``config_class``.
@@ -125,6 +129,7 @@ class Method(nn.Module):
         self.head_mode: HeadMode = "selected"
         self.query_feature: str | None = None
         self.reservoir: Reservoir | None = None
+        self.allocator: Allocator | None = None
         self.objective = Objective()
         self.reuse = True  # what lies below the experts is computed once (training.prefix_cache)
         self._tensors = TensorVersions()
@@ -148,6 +153,9 @@ class Method(nn.Module):
 
     def allocate(self, task: int) -> None:
         """Add what the new task needs. Default: nothing."""
+
+    def preview(self, task: int, samples: TaskSamples | None) -> None:
+        """Look at a task just begun (None: at shapes alone); a decision must enter the state."""
 
     def review(
         self, task: int, rows: int, read: Callable[[Sequence[int]], Iterable[Batch]]
@@ -414,7 +422,13 @@ class Method(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """Return every tensor that must be kept to answer again and to go on, by name."""
-        return {name: tensor for name, tensor in self.state_dict().items() if tensor.numel() > 0}
+        kept = self.state_dict().items()
+        return {name: t for name, t in kept if t.numel() > 0 and name != "allocator.scores"}
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """Which sites have experts of which task, or None where no allocator decides it."""
+        return None if self.allocator is None else self.allocator.allocation(self.task_names)
 
     def _step_classes(
         self, batch: Batch, labels: LabelSpace

@@ -17,6 +17,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from evolora.allocation.allocator import Allocator, SiteExperts
+from evolora.allocation.sample import TaskSamples
+from evolora.allocation.settings import AllocationConfig, check_allocation
 from evolora.backbones.base import Backbone
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
@@ -72,12 +75,19 @@ class LoRAPerTaskConfig(LoRAConfig):
 
     Args:
         selector: "oracle" is told the true task; "task-keys" recognise it.
+        allocation: which sites get an expert of a task: chosen under a budget, or as a saved
+            allocation (path of a .json file) says; None gives one to every site.
     """
 
     type: Literal["lora-per-task"] = "lora-per-task"
     selector: OracleSelectorConfig | TaskKeySelectorConfig = field(
         default_factory=OracleSelectorConfig
     )
+    allocation: AllocationConfig | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_allocation(self.allocation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +103,40 @@ class LoRALayer(SumLayer):
     Args:
         site: the Linear.
         config: rank, scale, dropout.
+        places: which tasks have an expert here, and which; None: every task has its own.
     """
 
-    def __init__(self, site: Site, config: LoRAConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        site: Site,
+        config: LoRAConfig,
+        device: torch.device,
+        places: SiteExperts | None = None,
+    ) -> None:
         scale = config.lora_alpha / config.r
         bank = ExpertBank(site.d_in, site.d_out, config.r, scale=scale, device=device)
         super().__init__(bank, name=site.name, dropout=config.lora_dropout)
+        self.places = places
+
+    def answers(self, task: int | None) -> bool:
+        """Return whether the task has an expert here."""
+        return self.places is None or self.places.anywhere(task)
 
     def experts(self, route: Route) -> AlwaysOn | tuple[Tensor, Tensor | None]:
-        """Return the task's expert."""
-        if route.uniform is not None:
-            return AlwaysOn((route.uniform,))
-        return route.tasks.unsqueeze(1), None
+        """Return the task's expert, if it has one here."""
+        if self.places is None:
+            if route.uniform is not None:
+                return AlwaysOn((route.uniform,))
+            return route.tasks.unsqueeze(1), None
+        if route.uniform is None and len(self.bank) > 0:
+            return self.places.of_rows(route.tasks)
+        own = None if route.uniform is None else self.places.of_task(route.uniform)
+        return AlwaysOn(() if own is None else (own,))
 
     def flops(self, tokens: int) -> int:
-        """Return the extra FLOPs of one row of ``tokens`` tokens."""
-        return self.bank.flops(tokens, 1)
+        """Return the extra FLOPs of one row of ``tokens`` tokens, of the newest task."""
+        own = self.places is None or self.places.newest()
+        return self.bank.flops(tokens, 1) if own else 0
 
 
 class _LoRA(Method):
@@ -117,20 +145,34 @@ class _LoRA(Method):
     config: LoRAConfig
     shared: ClassVar[bool] = True
 
-    def __init__(self, config: LoRAConfig, backbone: Backbone, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: LoRAConfig,
+        backbone: Backbone,
+        *,
+        seed: int = 0,
+        allocation: AllocationConfig | str | None = None,
+    ) -> None:
         super().__init__(config, backbone, seed=seed)
         self.selector = AlwaysSelector(0)
-        for site in backbone.sites(
+        sites = backbone.sites(
             "linear",
             towers=config.towers,
             layers=config.layers_to_transform,
             target_modules=config.target_modules,
-        ):
-            self.insert(site, LoRALayer(site, config, backbone.device))
+        )
+        places: list[SiteExperts | None] = [None] * len(sites)
+        if allocation is not None:
+            costs = [config.r * (site.d_in + site.d_out) for site in sites]
+            allocator = Allocator(allocation, sites, costs, seed=seed)
+            places = [SiteExperts(allocator, column) for column in range(len(sites))]
+            self.allocator = allocator
+        for site, own in zip(sites, places, strict=True):
+            self.insert(site, LoRALayer(site, config, backbone.device, own))
 
     def allocate(self, task: int) -> None:
         """Give every site one new expert (shared regimes: only once); older ones are frozen."""
-        if self.shared and task > 0:
+        if (self.shared and task > 0) or self.allocator is not None:
             return
         for key, layer in self.layers.items():
             assert isinstance(layer, LoRALayer)
@@ -157,14 +199,28 @@ class LoRAPerTask(_LoRA):
     shared = False
 
     def __init__(self, config: LoRAPerTaskConfig, backbone: Backbone, *, seed: int = 0) -> None:
-        super().__init__(config, backbone, seed=seed)
+        super().__init__(config, backbone, seed=seed, allocation=config.allocation)
         use_selector(self, config.selector)
 
+    def preview(self, task: int, samples: TaskSamples | None) -> None:
+        """Give an expert to the sites that the allocator chooses for the task, if there is one."""
+        if self.allocator is None:
+            return
+        counts = self.allocator.decide(self, task, samples)
+        for (key, layer), count in zip(self.layers.items(), counts, strict=True):
+            assert isinstance(layer, LoRALayer)
+            if count:
+                layer.bank.grow(count, generator(self.seed, key, task))
+
     def route_tensors(self, task: int) -> list[Tensor]:
-        """Return the task's own experts: they alone answer it."""
-        layers = [layer for layer in self.layers.values() if isinstance(layer, LoRALayer)]
-        own = torch.tensor([task])
-        return [stack.take(own) for layer in layers for stack in layer.bank.stacks()]
+        """Return the task's own experts and where they stand: they alone answer it."""
+        found = [] if self.allocator is None else [self.allocator.experts[task : task + 1]]
+        for layer in self.layers.values():
+            assert isinstance(layer, LoRALayer)
+            own = task if layer.places is None else layer.places.of_task(task)
+            if own is not None:
+                found += [stack.take(torch.tensor([own])) for stack in layer.bank.stacks()]
+        return found
 
     def finish_task(self) -> None:
         """Freeze the task's expert."""

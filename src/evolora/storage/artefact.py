@@ -3,6 +3,8 @@
 evolora.json        what was learned, on which backbone (hash of its weights), with which method
 experts.safetensors everything the method added: experts, gates, selector
 README.md           model card
+allocation.json     which sites have experts of which task, where that was chosen: for readers, and
+                    for the ``allocation`` of other runs
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evolora.allocation.value import FILE as ALLOCATION
 from evolora.errors import StorageError, StreamError
 from evolora.storage.files import read_json, read_tensors, write_bytes, write_json, write_tensors
 from evolora.storage.state import export_state, load_state
@@ -56,6 +59,8 @@ def save_artefact(learner: Learner, folder: Path) -> None:
         "cost": [cost.to_json() for cost in learner.costs],
     }
     write_bytes(folder / CARD, _card(learner).encode())
+    if method.allocation is not None:
+        method.allocation.save(folder / ALLOCATION)
     write_json(folder / INDEX, record)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from evolora.allocation.allocator import Allocator
 from evolora.errors import StorageError
 from evolora.experts.bank import GrowingStack
 from evolora.experts.usage import UsageCounter
@@ -13,7 +14,7 @@ from evolora.methods.reservoir import Reservoir
 from evolora.regularizers.elastic import ElasticMemory
 from evolora.routing.gates import TaskRouters
 
-GROWING = (GrowingStack, UsageCounter, TaskRouters, ElasticMemory, Reservoir)
+GROWING = (GrowingStack, UsageCounter, TaskRouters, ElasticMemory, Reservoir, Allocator)
 """Modules whose tensors may have more rows (their first axis) than this method's have yet."""
 
 

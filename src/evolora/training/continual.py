@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from evolora.allocation.value import FILE as ALLOCATION
 from evolora.config import RunConfig, load_stream
 from evolora.errors import StorageError, StreamError, unknown_name
 from evolora.evaluation.cost import Cost
@@ -332,6 +333,8 @@ class ContinualRun:
         config, method = self.config, self.learner.method
         selector = getattr(method.config, "selector", None)
         write_json(self.folder / "matrix.json", self.record.matrix.to_json())
+        if method.allocation is not None:
+            method.allocation.save(self.folder / ALLOCATION)
         write_json(self.folder / "routing.json", self._routing())
         write_json(
             self.folder / "run.json",

@@ -123,6 +123,7 @@ BACKBONES: Registry[Any] = Registry(
     modules=(
         "evolora.backbones.clip",
         "evolora.backbones.clip_fusion",
+        "evolora.backbones.image_text",
         "evolora.backbones.vilt",
     ),
 )

@@ -20,14 +20,7 @@ from torch import Tensor, nn
 from evolora.allocation.allocator import Allocator
 from evolora.allocation.sample import TaskSamples
 from evolora.allocation.value import Allocation
-from evolora.backbones.base import (
-    Backbone,
-    Batch,
-    Encoded,
-    TextBackbone,
-    check_labels,
-    prompts_of,
-)
+from evolora.backbones.base import Backbone, Batch, Encoded, TextBackbone, check_labels, prompts_of
 from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
 from evolora.experts.prompts import PromptLayer
@@ -42,8 +35,6 @@ from evolora.routing.features import FeatureExtractor
 from evolora.routing.route import BASE, Route
 from evolora.routing.selector import AlwaysSelector, Selector
 from evolora.streams.task import LabelSpace
-
-__all__ = ["HeadMode", "Method", "Objective", "Prediction", "Routing", "Written"]
 
 Routing = Literal["task-free", "oracle", "none"]
 HeadMode = Literal["selected", "all_seen"]
@@ -265,20 +256,26 @@ class Method(nn.Module):
         return self.answer(batch, encoded, tasks, labels)
 
     @torch.no_grad()
-    def write(self, batch: Batch, labels: LabelSpace, *, oracle: int | None = None) -> Written:
+    def write(
+        self,
+        batch: Batch,
+        labels: LabelSpace,
+        *,
+        oracle: int | None = None,
+        tasks: Tensor | None = None,
+    ) -> Written:
         """Return the text that answers each row, routed on its own; see :meth:`predict`.
 
-        All rows run in one batch, whatever their tasks; a row's route holds for all its tokens.
+        All rows run in one batch, whatever their tasks (``tasks`` where they are told); a row's
+        route holds for all its tokens.
         """
         check_labels(self.backbone, labels)
         assert isinstance(self.backbone, TextBackbone)
         batch = replace(batch, random=None)
-        encoded, tasks = self.route(batch, oracle)
+        encoded, tasks = self.route(batch, oracle) if tasks is None else (None, tasks)
         distinct = torch.unique(tasks).tolist()
-        one = distinct[0] if len(distinct) == 1 else tasks
-        route = Route.of(BASE, len(batch), device=tasks.device) if one == BASE else None
         with self.weights():
-            route = route or self.make_route(one, batch, encoded)
+            route = self.make_route(distinct[0] if len(distinct) == 1 else tasks, batch, encoded)
             texts = self.backbone.write(batch, route, labels.max_new_tokens)
         return Written(texts=tuple(texts), tasks=tasks)
 

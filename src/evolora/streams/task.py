@@ -126,6 +126,10 @@ class Task:
                 f"task {self.name!r} needs training and test samples; "
                 f"got {len(self.train)} and {len(self.test)}"
             )
+        if self.labels.text:
+            from evolora.registry import ANSWER_METRICS
+
+            ANSWER_METRICS.get(self.metric)  # one of classes would fail after training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +155,8 @@ class Stream:
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise StreamError(f"stream {self.name!r} repeats a task name: {names}")
+        if self.label_protocol == "seen" and any(task.labels.text for task in self.tasks):
+            raise StreamError("label_protocol 'seen' joins classes; answers here are texts")
 
     def __iter__(self) -> Any:
         return iter(self.tasks)

@@ -115,6 +115,7 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.class_incremental",
         "evolora.streams.own_data",
         "evolora.streams.image_text",
+        "evolora.streams.conversations",
         "evolora.streams.cmml",
     ),
 )

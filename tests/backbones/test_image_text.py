@@ -13,6 +13,7 @@ from tests.conftest import toy_model
 from torch import Tensor
 
 from evolora.backbones.base import Batch, check_labels
+from evolora.backbones.dialogue import Dialogues
 from evolora.backbones.families import family_of
 from evolora.backbones.image_text import NO_ANSWER, ImageText
 from evolora.backbones.loading import load_backbone, wrap_model
@@ -201,6 +202,27 @@ def test_the_most_frequent_answer_is_learned() -> None:
     assert backbone.dialogues.read(answer[:-1].tolist()) == "green bar ."
 
 
+def test_an_answer_is_tokenized_as_the_word_that_follows_the_prompt() -> None:
+    class Letters:
+        """Splits into characters; a blank belongs to the word after it, as in byte-level BPE."""
+
+        eos_token_id = 7
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1000 + len(text)] if text[:1] == " " else [ord(c) for c in text]}
+
+    class Processor:
+        tokenizer, image_token = Letters(), "<image>"
+        chat_template = "yes"
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            return "User: what? Assistant:"
+
+    dialogues = Dialogues(Processor(), IMAGE, 100)
+    answer = dialogues.answer(Example(inputs={"text": "?"}, label="red", key="k"))
+    assert answer is not None and answer.tolist() == [*map(ord, " red"), 7]
+
+
 def test_a_batch_without_answers_cannot_be_learned() -> None:
     backbone = writer("llava")
     batch = backbone.collate([Example(inputs={"text": "what ?"}, label=0, key="k")])
@@ -228,8 +250,8 @@ def test_a_saved_model_is_found_again(kind: str, tmp_path: Path) -> None:
     batch, again = backbone.collate(samples()), loaded.collate(samples())
     for name, value in batch.inputs.items():
         # transformers reads the toy tokenizer of a Qwen as a byte-level one: other words
-        value, other = value, again.inputs[name]
-        if kind in ("internvl", "qwen2_vl") and name.endswith("_ids"):
+        other = again.inputs[name]
+        if kind in ("internvl", "qwen2_vl", "qwen2_5_vl") and name.endswith("_ids"):
             value, other = value == IMAGE, other == IMAGE
         assert torch.equal(value, other)
     assert isinstance(wrap_model(backbone.model, backbone.processor), ImageText)

@@ -10,7 +10,7 @@ from evolora.backbones.image_text import ImageText
 from evolora.backbones.processors import image_only
 from evolora.streams.task import Example
 
-FAMILIES = ("llava", "internvl", "idefics3", "qwen2_vl")
+FAMILIES = ("llava", "internvl", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
 WORDS = (
     *("what", "is", "it", "this", "where", "Question", "Answer", ":", "?", "."),
     *("red", "green", "blue", "dot", "bar", "cross", "user", "assistant", "yes", "no"),
@@ -113,13 +113,20 @@ def _internvl() -> tuple[Any, Any]:
     return InternVLForConditionalGeneration(config), processor
 
 
+def _smolvlm() -> tuple[Any, Any]:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    return _idefics(SmolVLMConfig, SmolVLMForConditionalGeneration)
+
+
 def _idefics3() -> tuple[Any, Any]:
-    from transformers import (
-        Idefics3Config,
-        Idefics3ForConditionalGeneration,
-        Idefics3Processor,
-        LlamaConfig,
-    )
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    return _idefics(Idefics3Config, Idefics3ForConditionalGeneration)
+
+
+def _idefics(config_class: Any, model_class: Any) -> tuple[Any, Any]:
+    from transformers import LlamaConfig
     from transformers.models.idefics3.image_processing_pil_idefics3 import (
         Idefics3ImageProcessorPil,
     )
@@ -128,27 +135,42 @@ def _idefics3() -> tuple[Any, Any]:
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
     }  # fmt: skip
-    config = Idefics3Config(
+    config = config_class(
         vision_config=vision, text_config=LlamaConfig(**DECODER), image_token_id=IMAGE,
         scale_factor=2, pad_token_id=0,
     )  # fmt: skip
     images = Idefics3ImageProcessorPil(
         size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True
     )
-    processor = Idefics3Processor(images, tokenizer(), image_seq_len=4)
-    model = Idefics3ForConditionalGeneration(config)
-    return model, processor
+    processor = image_only("smolvlm")(images, tokenizer(), image_seq_len=4)
+    return model_class(config), processor
 
 
 def _qwen2_vl() -> tuple[Any, Any]:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+    return _qwen("qwen2_vl", Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision)
+
+
+def _qwen2_5_vl() -> tuple[Any, Any]:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    return _qwen("qwen2_5_vl", Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision)
+
+
+def _qwen(kind: str, config_class: Any, model_class: Any, vision: Any) -> tuple[Any, Any]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-    config = Qwen2VLConfig(
+    config = config_class(
         vision_config={
-            "depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2,
-            "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, **vision,
         },
         text_config={**DECODER, "rope_parameters": rope},
         image_token_id=IMAGE, video_token_id=SPECIAL.index("<video>"),
@@ -158,7 +180,7 @@ def _qwen2_vl() -> tuple[Any, Any]:
         patch_size=4, temporal_patch_size=2, merge_size=2,
         size={"shortest_edge": 64, "longest_edge": 1024},
     )  # fmt: skip
-    return Qwen2VLForConditionalGeneration(config), image_only("qwen2_vl")(images, tokenizer())
+    return model_class(config), image_only(kind)(images, tokenizer())
 
 
 def picture(seed: int, height: int = 16, width: int = 16) -> torch.Tensor:

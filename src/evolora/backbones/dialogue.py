@@ -7,15 +7,16 @@ A processor with a chat template renders the turns; where there is none, a plain
     Question: <last turn>
     Answer:
 
-each line ended by a line break, so that an answer is tokenized by itself. An image stands where the
-text says "<image>", else before the first turn. The marker of an image that a sample lacks is left
-out.
+each line ended by a line break. An answer is tokenized by itself where the prompt ends in a blank,
+else as the word after the prompt's last one. An image stands where the text says "<image>", else
+before the first turn. The marker of an image that a sample lacks is left out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -97,10 +98,27 @@ class Dialogues:
         if not isinstance(accepted, tuple) or not accepted or not isinstance(accepted[0], str):
             return None
         text = Counter(accepted).most_common(1)[0][0]
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._after_prompt(text)
         if self.image_token in ids:
             raise DataError(f"the answer of sample {example.key!r} holds an image's token")
         return torch.tensor([*ids, self.end_token], dtype=torch.int32)
+
+    def _after_prompt(self, text: str) -> list[int]:
+        """Return the tokens of a text that follows a prompt."""
+
+        def tokens(of: str) -> list[int]:
+            return list(self.tokenizer(of, add_special_tokens=False)["input_ids"])
+
+        if not self._last_word:
+            return tokens(text)
+        before, both = tokens(self._last_word), tokens(f"{self._last_word} {text}")
+        return both[len(before) :] if both[: len(before)] == before else tokens(f" {text}")
+
+    @cached_property
+    def _last_word(self) -> str:
+        """The word that every prompt ends with; empty where it ends with a blank."""
+        prompt = self.render(("",), 0, "")
+        return "" if not prompt or prompt[-1].isspace() else prompt.split()[-1]
 
     def read(self, tokens: Sequence[int]) -> str:
         """Return the text of generated tokens, without special ones and outer blanks."""

@@ -8,9 +8,12 @@ WITH_VIDEO = {
     "internvl": "InternVLProcessor",
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "smolvlm": "SmolVLMProcessor",
+    "smolvlm": "Idefics3Processor",
 }
-"""``model_type`` -> its processor's class in ``transformers``, where that asks for videos."""
+"""``model_type`` -> its processor's class in ``transformers``, where that asks for videos.
+
+SmolVLM's does with images what that of Idefics3 does, and asks for num2words too.
+"""
 
 
 def image_only(kind: str) -> Any:

@@ -39,12 +39,13 @@ def test_either_side_or_both(learned: Learner) -> None:
 @pytest.mark.parametrize(
     ("images", "texts", "message"),
     [
-        (None, None, "pass at least one file, image, array or text"),
-        ([], [], "pass at least one file, image, array or text"),
+        (None, None, "neither an image nor a text was given; pass at least one"),
+        ([], [], "neither an image nor a text was given; pass at least one"),
         ([None], [None], "neither an image nor a text was given"),
         ([None, None], ["a", None], "input 2 of 2: neither an image nor a text"),
         (None, [3], "a text must be a string; got int"),
         (["a.png"], ["a", "b"], "1 images and 2 texts were given"),
+        (None, ["a red dot", " "], "a text is empty"),
         ("no-such.png", None, "no-such.png"),
     ],
 )

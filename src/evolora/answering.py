@@ -89,12 +89,15 @@ def _paired(images: Any, texts: Any) -> list[dict[str, Any]]:
     }
     lengths = {name: len(side) for name, side in sides.items()}
     if not any(lengths.values()):
-        raise DataError("no images were given; pass at least one file, image, array or text")
+        raise DataError("neither an image nor a text was given; pass at least one of them")
     if len(set(lengths.values())) > 1:
         raise DataError(
             f"{lengths['image']} images and {lengths['text']} texts were given; pass as many of "
             "each, with None where an input has no image or no text"
         )
+    for text in sides.get("text", []):
+        if isinstance(text, str) and not text.strip():
+            raise DataError("a text is empty; leave it out (None) where an input has no text")
     rows = [dict(zip(sides, values, strict=True)) for values in zip(*sides.values(), strict=True)]
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 

@@ -10,6 +10,7 @@ import pytest
 from tests.backbones.writers import writer
 
 from evolora.config import parse_config
+from evolora.evaluation.inspection import inspect_config
 from evolora.learner import Learner
 from evolora.training.continual import ContinualRun
 
@@ -45,6 +46,18 @@ def run_of(tmp_path: Path) -> Any:
         }
     )  # fmt: skip
     return lambda: ContinualRun(config, tmp_path / "run")
+
+
+def test_the_cost_of_a_run_is_counted_on_shapes(run_of: Any, tmp_path: Path) -> None:
+    run = run_of()
+    counted = inspect_config(run.config)
+    assert counted.tasks == 2 and set(counted.flops) == {"language"}
+    sites = run.learner.backbone.sites("linear", target_modules=["all-linear"])
+    assert counted.trainable == [sum(4 * (site.d_in + site.d_out) for site in sites)] * 2
+    assert [site.name for site in counted.sites] == [site.name for site in sites]
+    own = run.learner.backbone.model.parameters()
+    assert counted.backbone_parameters == sum(parameter.numel() for parameter in own)
+    assert counted.training["language"].lowest == 0
 
 
 def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path) -> None:

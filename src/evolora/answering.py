@@ -16,7 +16,7 @@ from evolora.methods.base import Method
 from evolora.routing.route import BASE
 from evolora.routing.selector import AlwaysSelector
 from evolora.streams.images import read_image
-from evolora.streams.task import Example, LabelSpace
+from evolora.streams.task import MAX_NEW_TOKENS, Example, LabelSpace
 
 BASE_NAME, SHARED_NAME = "base", "shared"
 
@@ -27,15 +27,16 @@ class Answer:
 
     Args:
         label: class name; with several labels per input, all that are more probable than not,
-            joined by ", " (maybe none).
-        score: its probability among the classes considered, in [0, 1]; of the best of several.
+            joined by ", " (maybe none); of a model that writes, the text.
+        score: its probability among the classes considered, in [0, 1]; of the best of several. None
+            of a text.
         task: name of the task whose experts answered, "base", or "shared" experts.
         top: (class name, probability) of the five best, best first.
         used: the modalities that were looked at.
     """
 
     label: str
-    score: float
+    score: float | None
     task: str
     top: tuple[tuple[str, float], ...] = ()
     used: tuple[str, ...] = ("image",)
@@ -43,7 +44,8 @@ class Answer:
     def line(self, *, used: bool) -> str:
         """Return the answer and who gave it on one line, with the modalities if ``used``."""
         looked_at = f" from {' and '.join(self.used)}" if used else ""
-        return f"{self.label}\t{100 * self.score:.1f} %\tby {self.task}{looked_at}"
+        chance = "" if self.score is None else f"{100 * self.score:.1f} %\t"
+        return f"{self.label}\t{chance}by {self.task}{looked_at}"
 
 
 def answer_inputs(
@@ -65,7 +67,9 @@ def answer_inputs(
         part = range(start, min(start + batch_size, len(sources)))
         examples = [_example(method, sources, index) for index in part]
         batch = method.backbone.collate(examples)
-        if chosen is None:
+        if method.backbone.answers == "text":
+            found = _texts(method, batch, classes, chosen)
+        elif chosen is None:
             found = _answers(method, batch, classes)
         else:
             found = _told_answers(method, batch, classes, chosen)
@@ -135,14 +139,39 @@ def _told_answers(
     space = method.labels[chosen]
     if classes is not None:
         space = replace(space, classes=tuple(classes))
-    selector = method.selector
-    frozen = isinstance(selector, AlwaysSelector) and selector.task == BASE
-    experts = BASE if frozen else method.expert_task(chosen)
+    experts = _told_experts(method, chosen)
     tasks = torch.full((len(batch),), experts, device=method.backbone.device)
     with torch.no_grad():
         scores = method.answer(batch, None, tasks, space).scores
     name = BASE_NAME if experts == BASE else method.task_names[chosen]
     return [_answer(values, space, name) for values in scores]
+
+
+def _told_experts(method: Method, chosen: int) -> int:
+    """Return the experts of a task, or BASE where the method has none."""
+    selector = method.selector
+    frozen = isinstance(selector, AlwaysSelector) and selector.task == BASE
+    return BASE if frozen else method.expert_task(chosen)
+
+
+def _texts(
+    method: Method, batch: Batch, classes: Sequence[str] | None, chosen: int | None
+) -> list[Answer]:
+    """Let the model write; no longer than the longest answer of any task it has learned."""
+    if classes is not None:
+        raise ConfigError("this model writes its answers; put the choices into the text")
+    longest = max((own.max_new_tokens for own in method.labels), default=MAX_NEW_TOKENS)
+    tasks, told = None, ""
+    if chosen is not None:
+        experts = _told_experts(method, chosen)
+        told = BASE_NAME if experts == BASE else method.task_names[chosen]
+        tasks = torch.full((len(batch),), experts, device=method.backbone.device)
+    written = method.write(batch, LabelSpace.of_texts(longest), tasks=tasks)
+    names = [told or answerer(method, task) for task in written.tasks.tolist()]
+    return [
+        Answer(label=text, score=None, task=name)
+        for text, name in zip(written.texts, names, strict=True)
+    ]
 
 
 def answer_space(method: Method, task: int, classes: Sequence[str] | None) -> LabelSpace:

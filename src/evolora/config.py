@@ -31,8 +31,8 @@ class BackboneConfig:
         name_or_path: hub name, local folder, or embedded name ("clip-tiny", "vilt-tiny").
         revision: hub revision.
         type: a name of ``evolora ls backbones`` ("clip-fusion"), or "auto": by the model.
-        text_length: longest text in tokens; None is the model's own (ViLT only: beyond it, its
-            table of positions is interpolated).
+        text_length: longest text in tokens; None is the model's own. ViLT's table of positions is
+            interpolated beyond it; a model that writes refuses a longer prompt.
     """
 
     name_or_path: str = "clip-tiny"

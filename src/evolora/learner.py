@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from evolora.allocation.sample import TaskSamples
-from evolora.answering import Answer, answer_inputs, answerer
+from evolora.answering import Answer, answer_inputs
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError, unknown_name
 from evolora.evaluation.cost import Cost, measure_cost
-from evolora.evaluation.tally import Evaluation, tally_for
-from evolora.methods.base import Method, Objective
+from evolora.evaluation.tally import Evaluation
+from evolora.methods.answers import Objective
+from evolora.methods.base import Method
 from evolora.registry import METHODS
-from evolora.routing.route import BASE
 from evolora.storage.state import export_state, load_state
 from evolora.streams.sampling import image_folder
 from evolora.streams.task import Examples, LabelSpace, Subset, Task
@@ -309,7 +309,7 @@ class Learner:
         """Return the frozen base's routing features (n, f) of a data set."""
         parts = []
         with self.reporter.bar("features", len(data)) as bar:
-            for batch in self._batches(data, range(len(data))):
+            for batch in self.batches(data, range(len(data))):
                 encoded = self.backbone.encode_base(batch)
                 parts.append(self.method.routing_features(batch, encoded)[name].cpu())
                 bar.advance(len(batch))
@@ -322,39 +322,26 @@ class Learner:
     ) -> Evaluation:
         """Answer a task's test set, task-free, and return how well.
 
+        Where answers are texts, the model writes them, and ``labels`` and ``offset`` are not read.
+
         Args:
             task: learned or not.
             labels: what to choose from; the task's own classes when None.
             offset: index of the task's first class in ``labels``.
         """
-        self.method.eval()
-        space = labels or task.labels
-        oracle = self.task_names.index(task.name) if task.name in self.task_names else None
-        tally = tally_for(task.metric, len(task.labels.classes))
-        answered = torch.zeros(len(self.task_names) + 1, dtype=torch.long)  # base, tasks...
-        rows = self._own_range(len(task.test))
-        with self.reporter.bar(f"test {task.name}", len(rows)) as bar:
-            for batch in self._batches(task.test, rows):
-                predicted = self.method.predict(batch, space, oracle=oracle)
-                tally.add(predicted.scores, batch, offset)
-                answered += torch.bincount(predicted.tasks.cpu() + 1, minlength=len(answered))
-                bar.advance(len(batch))
-        tally.counts = self._summed(tally.counts)
-        base, *tasks = self._summed(answered).tolist()
-        counted = [(BASE, base), *enumerate(tasks)]
-        return Evaluation(
-            score=tally.score(),
-            samples=len(task.test),
-            routes={answerer(self.method, task): count for task, count in counted if count},
-            by_case=tally.by_case(),
-        )
+        from evolora.evaluation.testing import judge_classes, judge_texts
 
-    def _summed(self, counts: Tensor) -> Tensor:
+        self.method.eval()
+        if task.labels.text:
+            return judge_texts(self, task)
+        return judge_classes(self, task, labels or task.labels, offset)
+
+    def summed(self, counts: Tensor) -> Tensor:
         """Return whole numbers summed over processes."""
         total: Tensor = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
         return total.cpu()
 
-    def _batches(self, data: Examples, rows: range) -> Iterator[Batch]:
+    def batches(self, data: Examples, rows: range) -> Iterator[Batch]:
         """Yield rows of a data set without augmentation."""
         samples = self.samples if self.evaluation_cache else None
         return evaluation_batches(data, self.backbone, self.evaluation_batch_size, rows, samples)
@@ -366,14 +353,14 @@ class Learner:
 
     def _of_task(self, task: int, data: Examples, rows: Sequence[int]) -> Iterator[Batch]:
         """Yield some rows of a task's data set, as batches of the task."""
-        for batch in self._batches(Subset(data, rows), range(len(rows))):
+        for batch in self.batches(Subset(data, rows), range(len(rows))):
             yield replace(batch, task=task)
 
     def _keys(self, data: Examples) -> list[str]:
         """Return the keys of a data set's samples."""
-        return [key for batch in self._batches(data, range(len(data))) for key in batch.keys]
+        return [key for batch in self.batches(data, range(len(data))) for key in batch.keys]
 
-    def _own_range(self, rows: int) -> range:
+    def own_range(self, rows: int) -> range:
         """Return this process's contiguous part of a test set."""
         count, index = self.share.count, self.share.index
         return range(rows * index // count, rows * (index + 1) // count)

@@ -115,6 +115,7 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.class_incremental",
         "evolora.streams.own_data",
         "evolora.streams.image_text",
+        "evolora.streams.conversations",
         "evolora.streams.cmml",
     ),
 )
@@ -123,6 +124,7 @@ BACKBONES: Registry[Any] = Registry(
     modules=(
         "evolora.backbones.clip",
         "evolora.backbones.clip_fusion",
+        "evolora.backbones.image_text",
         "evolora.backbones.vilt",
     ),
 )

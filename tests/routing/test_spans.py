@@ -11,7 +11,7 @@ from evolora.backbones.vilt import TOWER
 from evolora.errors import RouteError
 from evolora.experts.sites import ExpertLayer
 from evolora.routing.route import BASE, Route
-from evolora.routing.spans import Span, Spans
+from evolora.routing.spans import Span, Spans, TokenSpans
 
 
 def golden(last_masked: bool = False) -> Spans:
@@ -117,3 +117,17 @@ def test_without_a_route_a_watched_block_raises() -> None:
     batch = backbone.collate(Pairs((0,)).all())
     with pytest.raises(RouteError, match="block 0 was run with experts enabled and no route"):
         backbone.model(**batch.inputs)
+
+
+def test_tokens_that_stand_elsewhere_in_each_row() -> None:
+    image = torch.tensor([[False, True, True, False], [False, False, False, False]])
+    text = torch.tensor([[False, False, False, True], [False, True, True, True]])
+    present = torch.tensor([[True, True], [False, True]])
+    spans = TokenSpans({"image": image, "text": text}, present)
+    hidden = torch.arange(8.0).view(2, 4, 1)
+    assert spans.means(hidden).squeeze(2).tolist() == [[1.5, 3.0], [0.0, 6.0]]
+    assert spans.mask.tolist() == [[False, True, True, True], [False, True, True, True]]
+    assert spans.has("image").tolist() == [True, False]
+    second = spans.take(torch.tensor([1]))
+    assert second.means(hidden[1:]).squeeze(2).tolist() == [[0.0, 6.0]]
+    assert second.present.tolist() == [[False, True]]

@@ -152,7 +152,7 @@ def test_labels_are_those_of_the_view() -> None:
     renamed = Rows(data=data, indices=(0, 1, 2), labels=(2, 2, 2))
     for view, labels in ((data, [0, 1, 2]), (renamed, [2, 2, 2])):
         for _ in range(2):
-            batch = next(iter(learner._batches(view, range(3))))
+            batch = next(iter(learner.batches(view, range(3))))
             assert batch.labels.tolist() == labels
 
 

@@ -146,8 +146,7 @@ def _accumulate(method: Method, batch: Batch, leaves: Sequence[Tensor]) -> None:
         device=method.backbone.device,
         summary=method.backbone.vision_summary,
     )
-    embedding = method.backbone.encode(batch, route)
-    loss = method.task_loss(embedding, batch, labels, task).float() * len(batch)
+    loss = method.loss_under(route, batch, labels, task)[0].float() * len(batch)
     if loss.requires_grad:  # no site runs on samples that lack the modality of its tower
         torch.autograd.backward(loss, inputs=list(leaves))
 

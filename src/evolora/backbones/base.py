@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evolora.backbones.batch import Batch, Encoded, LazyInputs, Prefix, label_tensor
+from evolora.backbones.batch import (
+    Batch,
+    Encoded,
+    LazyInputs,
+    Prefix,
+    answer_texts,
+    label_tensor,
+)
 from evolora.backbones.blocks import block_indices, outputs_of, prompt_site
 from evolora.backbones.frozen import FrozenModel, ModelFunction
 from evolora.errors import ConfigError, DataError
@@ -22,7 +29,17 @@ from evolora.randomness import StepRandom, generator
 from evolora.routing.route import Route
 from evolora.streams.task import Example, LabelSpace
 
-__all__ = ["Backbone", "Batch", "Encoded", "LazyInputs", "Prefix", "PromptBackbone", "prompts_of"]
+__all__ = [
+    "Backbone",
+    "Batch",
+    "Encoded",
+    "LazyInputs",
+    "Prefix",
+    "PromptBackbone",
+    "TextBackbone",
+    "check_labels",
+    "prompts_of",
+]
 
 CROP_SCALE = (0.9, 1.0)
 """Area kept by the training crop (MoE-Adapters, RandomResizedCrop 0.9-1.0, bicubic)."""
@@ -35,22 +52,25 @@ class Backbone(FrozenModel):
 
     Attributes:
         answers: classes are told apart by "prompts" that name them (:class:`PromptBackbone`), or by
-            "heads" on the embedding, which are learned by methods.
+            "heads" on the embedding, which are learned by methods; or the model writes its answer
+            as a "text" (:class:`TextBackbone`).
         cached_tower: the tower that :meth:`prefix_of` cuts: the one that sees images.
         modalities: what a sample may have; it has at least one of them.
         vision_summary: where the vector that speaks for a sample is, see :class:`Route`.
         input_names: of ``Batch.inputs``.
         kept_features: routing features of :meth:`base_pass`, beside "pooled".
         masked: whether a prefix has a mask.
+        has_prefix: whether it can go on from activations below the experts at all.
     """
 
-    answers: ClassVar[Literal["prompts", "heads"]] = "heads"
+    answers: ClassVar[Literal["prompts", "heads", "text"]] = "heads"
     cached_tower: str = "vision"
     modalities: tuple[str, ...] = ("image",)
     vision_summary: str = "first"
     input_names: tuple[str, ...] = ("pixel_values",)
     kept_features: tuple[str, ...] = ("layers",)
     masked: bool = False
+    has_prefix: ClassVar[bool] = True
     _states = 0
 
     @abstractmethod
@@ -109,6 +129,7 @@ class Backbone(FrozenModel):
             keys=tuple(example.key for example in examples),
             task=task,
             random=random,
+            answers=answer_texts([example.label for example in examples]),
             present=self.present(prepared),
         )
 
@@ -340,6 +361,65 @@ class PromptBackbone(Backbone):
         """Return (b, c) logits of embeddings (b, p) against class embeddings (c, p)."""
 
 
+class TextBackbone(Backbone):
+    """A backbone that writes its answers, token after token: a language model behind an encoder.
+
+    A method trains it by :meth:`answer_losses` and asks it by :meth:`write`; its embedding, the
+    mean state of the prompt, serves selectors.
+    """
+
+    answers = "text"
+    has_prefix = False
+
+    @abstractmethod
+    def answer_losses(
+        self, batch: Batch, route: Route, *, limit: int | None = None, smoothing: float = 0.0
+    ) -> Tensor:
+        """Return (b,): mean over the tokens of a row's answer of -log p(token | all before it).
+
+        Its end token is one of them. A row counts the same however long its answer is.
+
+        Args:
+            batch: with answers.
+            route: who answers.
+            limit: tokens of an answer that count, at most.
+            smoothing: of labels, in [0, 1).
+
+        Raises:
+            DataError: a row has no answer.
+        """
+
+    @abstractmethod
+    def write(self, batch: Batch, route: Route, max_new_tokens: int) -> list[str]:
+        """Return the answer of each row, the most probable token taken at each step.
+
+        The route is fixed before the first token and holds for all.
+        """
+
+    def prefix_of(self, batch: Batch, cut: int) -> Prefix:
+        """Refuse: texts differ in length, so activations below the experts are not kept."""
+        raise ConfigError(f"{type(self).__name__} keeps no activations below its experts")
+
+
+def check_labels(backbone: Backbone, labels: LabelSpace) -> None:
+    """Refuse a task whose answers are not what the backbone gives.
+
+    Raises:
+        ConfigError: texts asked of a classifier, or classes of a model that writes.
+    """
+    writes = isinstance(backbone, TextBackbone)
+    if labels.text and not writes:
+        raise ConfigError(
+            f"the task is answered by texts, {type(backbone).__name__} tells classes apart; use a "
+            "model that writes (evolora ls backbones)"
+        )
+    if writes and not labels.text:
+        raise ConfigError(
+            f"the task has classes, {type(backbone).__name__} writes its answers; give the task "
+            "texts (LabelSpace.of_texts)"
+        )
+
+
 def prompts_of(backbone: Backbone) -> PromptBackbone:
     """Return the backbone if it answers by prompts.
 
@@ -348,7 +428,7 @@ def prompts_of(backbone: Backbone) -> PromptBackbone:
     """
     if not isinstance(backbone, PromptBackbone):
         raise ConfigError(
-            f"{type(backbone).__name__} answers by learned heads; this method needs class prompts, "
-            "as of a dual encoder (CLIPModel, SiglipModel)"
+            f"{type(backbone).__name__} has no class prompts, which this method needs; they are "
+            "those of a dual encoder (CLIPModel, SiglipModel)"
         )
     return backbone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from evolora.backbones.memory import Known
 from evolora.errors import ConfigError
 from evolora.randomness import StepRandom
+from evolora.streams.task import Label
 
 
 class LazyInputs(Mapping[str, Tensor]):
@@ -88,6 +90,8 @@ class Batch:
         known: which samples these are and where results on them are kept; None computes all anew.
         prefix: activations to go on from (of the tower that sees images); None begins with the
             inputs.
+        answers: the texts that count as right of each row, where answers are texts; ``labels`` are
+            zeros then.
         present: modality -> (b,) whether the sample has it, from the data; a modality that is not
             named is present everywhere. What ``inputs`` hold for a missing one is a constant.
     """
@@ -102,6 +106,7 @@ class Batch:
     step_tasks: tuple[int, ...] = ()
     known: Known | None = None
     prefix: Prefix | None = None
+    answers: tuple[tuple[str, ...], ...] = ()
     present: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -120,6 +125,7 @@ class Batch:
             labels=torch.cat([part.labels for part in parts]),
             keys=tuple(key for part in parts for key in part.keys),
             tasks=tuple(task for part in parts for task in part.tasks),
+            answers=tuple(accepted for part in parts for accepted in part.answers),
             known=None,
             prefix=None,
             present={
@@ -140,6 +146,7 @@ class Batch:
             labels=self.labels[rows],
             keys=tuple(self.keys[row] for row in chosen),
             tasks=tuple(self.tasks[row] for row in chosen) if self.tasks else (),
+            answers=tuple(self.answers[row] for row in chosen) if self.answers else (),
             known=self.known.take(chosen) if self.known else None,
             prefix=self.prefix.take(rows) if self.prefix else None,
             present={name: value[rows] for name, value in self.present.items()},
@@ -176,14 +183,15 @@ class Encoded:
         return Encoded(embedding=self.embedding[rows], features=features)
 
 
-def label_tensor(
-    labels: Sequence[int | tuple[int, ...]], device: torch.device | str = "cpu"
-) -> Tensor:
+def label_tensor(labels: Sequence[Label], device: torch.device | str = "cpu") -> Tensor:
     """Return ``Batch.labels``: (b,) int64, or (b, c) float32 where samples have several.
 
-    Samples of tasks that have fewer classes are filled up with zeros.
+    Samples of tasks that have fewer classes are filled up with zeros; texts are no classes and give
+    zeros (see :func:`answer_texts`).
     """
-    several = [label for label in labels if isinstance(label, tuple)]
+    if answer_texts(labels):
+        return torch.zeros(len(labels), dtype=torch.int64, device=device)
+    several: list[Any] = [label for label in labels if isinstance(label, tuple)]
     if not several:
         return torch.tensor(labels, dtype=torch.int64, device=device)
     if len(several) < len(labels):
@@ -191,3 +199,16 @@ def label_tensor(
     most = max(len(label) for label in several)
     filled = [label + (0,) * (most - len(label)) for label in several]
     return torch.tensor(filled, dtype=torch.float32, device=device)
+
+
+def answer_texts(labels: Sequence[Label]) -> tuple[tuple[str, ...], ...]:
+    """Return ``Batch.answers`` of samples whose answers are texts; () where they are classes."""
+    found = [(label,) if isinstance(label, str) else label for label in labels]
+    texts = [
+        tuple(str(text) for text in label)
+        for label in found
+        if isinstance(label, tuple) and label and isinstance(label[0], str)
+    ]
+    if texts and len(texts) < len(labels):
+        raise ConfigError("samples answered by texts and by classes cannot share a batch")
+    return tuple(texts)

@@ -38,6 +38,9 @@ VILT_LINEARS = {
 }
 """The same for a block of ViLT. Of two names for one Linear, the first names its site."""
 
+ENTRIES = ("layernorm_before", "layer_norm1", "input_layernorm", "norm1")
+"""What a block calls its first norm: ViLT and InternVL, CLIP and SigLIP, decoders, Qwen-VL."""
+
 
 def block_indices(layers: Sequence[int] | None, depth: int, tower: str) -> list[int]:
     """Return ``layers_to_transform`` as ascending indices of a tower's blocks (None: of all).
@@ -129,12 +132,12 @@ def prompt_site(block: nn.Module, tower: str, index: int) -> PromptSite:
 
 
 def entry_of(block: nn.Module) -> nn.Module:
-    """Return the LayerNorm that takes what enters a block.
+    """Return the norm that takes what enters a block.
 
     A hook on the block itself would stay outside of what gradient checkpointing runs again.
     """
     modules = dict(block.named_children())
-    return modules["layernorm_before"] if "layernorm_before" in modules else modules["layer_norm1"]
+    return next(modules[name] for name in ENTRIES if name in modules)
 
 
 def run_block(block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

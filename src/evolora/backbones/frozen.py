@@ -117,6 +117,10 @@ class FrozenModel(ABC):
             self._fingerprint = (writes, digest.hexdigest())
         return self._fingerprint[1]
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """Return the blocks that gradient checkpointing runs again: those of all towers."""
+        return [block for tower in self.towers for block in self.blocks(tower)]
+
     @contextmanager
     def checkpointing(self, wanted: bool = True) -> Iterator[None]:
         """Keep only the inputs of blocks for backward and run each block again there.
@@ -127,7 +131,7 @@ class FrozenModel(ABC):
         Raises:
             ConfigError: the model's blocks cannot do so.
         """
-        blocks = [block for tower in self.towers for block in self.blocks(tower)] if wanted else []
+        blocks = self.repeated_blocks() if wanted else []
         if not all(hasattr(block, "gradient_checkpointing") for block in blocks):
             raise ConfigError(
                 f"gradient_checkpointing: {type(self.model).__name__} does not support it"

@@ -16,6 +16,8 @@ from torch import nn
 
 from evolora.backbones.base import Backbone
 from evolora.backbones.clip import DualEncoder
+from evolora.backbones.families import FAMILIES
+from evolora.backbones.processors import load_processor
 from evolora.errors import ConfigError, DataError, suggest
 from evolora.registry import BACKBONES
 
@@ -24,7 +26,8 @@ HUB_SECONDS = 5.0
 
 
 AUTO = "auto"
-"""The type of a backbone that goes by its model: ViLT is "vilt", all else a "dual-encoder"."""
+"""The type of a backbone that goes by its model: ViLT is "vilt", a model of
+:mod:`evolora.backbones.families` "image-text", all else a "dual-encoder"."""
 
 
 def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> DualEncoder:
@@ -45,11 +48,13 @@ def wrap_model(
     """Return the backbone of a ``transformers`` model.
 
     Args:
-        model: ``CLIPModel``, ``SiglipModel``, ``ViltModel`` or a model that holds one.
+        model: ``CLIPModel``, ``SiglipModel``, ``ViltModel``, a model that holds one, or one that
+            writes (``InternVLForConditionalGeneration``).
         processor: its processor, or None where only shapes count.
         name: what the user called it.
         type: registered name (``evolora ls backbones``), or "auto".
-        text_length: see :class:`evolora.backbones.vilt.Vilt`; other types have no such option.
+        text_length: see :class:`evolora.backbones.vilt.Vilt` and
+            :class:`evolora.backbones.image_text.ImageText`; other types have no such option.
 
     Raises:
         ConfigError: the type is unknown or not the model's, or has no such option.
@@ -57,7 +62,8 @@ def wrap_model(
     if type == AUTO:
         inner: Any = getattr(model, "vilt", model)
         kind = getattr(getattr(inner, "config", None), "model_type", "")
-        type = "vilt" if kind == "vilt" else "dual-encoder"
+        writes = "image-text" if kind in FAMILIES else "dual-encoder"
+        type = "vilt" if kind == "vilt" else writes
     build = BACKBONES.get(type)
     if text_length is None:
         backbone: Backbone = build(model, processor, name=name)
@@ -130,16 +136,17 @@ def _load(where: str, revision: str | None) -> tuple[nn.Module, Any]:
 
 
 def _from_pretrained(where: str, revision: str | None) -> tuple[nn.Module, Any]:
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-    load_processor: Any = AutoProcessor.from_pretrained
-    model, found = AutoModel.from_pretrained(
+    kind = AutoConfig.from_pretrained(where, revision=revision).model_type
+    load_model: Any = AutoModelForImageTextToText if kind in FAMILIES else AutoModel
+    model, found = load_model.from_pretrained(
         where, revision=revision, dtype=torch.float32, output_loading_info=True
     )
     if found["missing_keys"]:
         first, count = sorted(found["missing_keys"])[0], len(found["missing_keys"])
         raise ValueError(f"its weights lack {first} and {count - 1} more, which would be random")
-    return model, load_processor(where, revision=revision)
+    return model, load_processor(kind, where, revision=revision)
 
 
 def _hub_answers() -> bool:

@@ -21,6 +21,7 @@ from evolora.allocation.value import FILE as ALLOCATION
 from evolora.allocation.value import Allocation
 from evolora.assets import ROOT, embedded_backbone
 from evolora.backbones.base import Backbone
+from evolora.backbones.families import FAMILIES
 from evolora.backbones.loading import wrap_model
 from evolora.config import BackboneConfig, RunConfig, build_method, load_stream, parse_config
 from evolora.errors import ConfigError, DataError
@@ -135,8 +136,9 @@ def _inspect(config: RunConfig, labels: list[LabelSpace]) -> Inspection:
     backbone = meta_backbone(config.backbone)
     method = build_method(config.method, backbone, seed=config.seed)
     trainable, stored = [], []
+    writes = backbone.answers == "text"  # how many classes there are says nothing then
     for index, space in enumerate(labels):
-        method.begin_task(f"task {index}", space)
+        method.begin_task(f"task {index}", LabelSpace.of_texts() if writes else space)
         method.preview(index, None)
         trainable.append(_trainable(method))
         if not method.joint:
@@ -172,7 +174,7 @@ def meta_backbone(wanted: BackboneConfig) -> Backbone:
 
     The shape comes from an embedded backbone, an embedded shape file, a local folder or the hub.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
     name = wanted.name_or_path
     shape = ROOT / "shapes" / f"{name.replace('/', '--')}.json"
@@ -189,7 +191,8 @@ def meta_backbone(wanted: BackboneConfig) -> Backbone:
         raise DataError(
             f"no configuration of backbone {name!r} (embedded shapes: {known})"
         ) from error
-    build: Any = AutoModel.from_config
+    writes = config.model_type in FAMILIES
+    build: Any = (AutoModelForImageTextToText if writes else AutoModel).from_config
     with torch.device("meta"):
         model: nn.Module = build(config)
     return wrap_model(model, name=name, type=wanted.type, text_length=wanted.text_length)

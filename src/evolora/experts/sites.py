@@ -305,6 +305,14 @@ class SiteHost:
         route = self._routes[site.tower]
         if route.rows != out.shape[0]:
             raise RouteError(f"site {site.name!r} got {out.shape[0]} rows, its route {route.rows}")
+        if x.dim() == 2:  # tokens of several images in one sequence: each is a row of its own
+            return self._added(layer, x.unsqueeze(1), out.unsqueeze(1), route, folded).squeeze(1)
+        return self._added(layer, x, out, route, folded)
+
+    @staticmethod
+    def _added(
+        layer: ExpertLayer, x: Tensor, out: Tensor, route: Route, folded: frozenset[int]
+    ) -> Tensor:
         if route.everybody:
             result: Tensor = layer(x, out, route, folded) if folded else layer(x, out, route)
             return result

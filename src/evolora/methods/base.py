@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from evolora.allocation.allocator import Allocator
 from evolora.allocation.sample import TaskSamples
 from evolora.allocation.value import Allocation
-from evolora.backbones.base import Backbone, Batch, Encoded, prompts_of
+from evolora.backbones.base import Backbone, Batch, Encoded, TextBackbone, check_labels, prompts_of
 from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
 from evolora.experts.prompts import PromptLayer
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
+from evolora.methods.answers import Objective, Prediction, Written
 from evolora.methods.heads import TaskHeads
 from evolora.methods.reservoir import Reservoir
 from evolora.methods.versions import TensorVersions
@@ -39,39 +40,6 @@ Routing = Literal["task-free", "oracle", "none"]
 HeadMode = Literal["selected", "all_seen"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """How class logits become a training loss.
-
-    Args:
-        label_smoothing: in [0, 1).
-        max_classes: classes in one step's softmax: those of the batch plus a random sample of the
-            others; None takes the whole label space, as the paper does.
-    """
-
-    label_smoothing: float = 0.0
-    max_classes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """Answers for a batch.
-
-    Args:
-        scores: (b, c) probabilities over the label space; they sum to 1 unless a sample may have
-            several labels.
-        tasks: (b,) which task's experts answered, or BASE.
-    """
-
-    scores: Tensor
-    tasks: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        """(b,) most probable class."""
-        return self.scores.argmax(dim=1)
-
-
 class Method(nn.Module):
     """Base of every method.
 
@@ -81,6 +49,7 @@ class Method(nn.Module):
         joint: True trains on all tasks at once (an upper bound, not a continual learner).
         replaces_weights: True runs the model with other weights than the frozen ones.
         needs_prompts: True answers by class-name prompts alone, which not every backbone has.
+        writes: True also trains a model that writes its answers (:class:`TextBackbone`).
         needs_one_stream: True works on image and text in one sequence alone, as in ViLT.
 
     Attributes:
@@ -103,6 +72,7 @@ class Method(nn.Module):
     joint: ClassVar[bool] = False
     replaces_weights: ClassVar[bool] = False
     needs_prompts: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
     needs_one_stream: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
@@ -110,6 +80,10 @@ class Method(nn.Module):
         if self.needs_prompts and backbone.answers == "heads":
             raise ConfigError(
                 f"{config.type} answers by class-name prompts; {type(backbone).__name__} has none"
+            )
+        if backbone.answers == "text" and not self.writes:
+            raise ConfigError(
+                f"{config.type} learns classes; {type(backbone).__name__} writes its answers"
             )
         if self.needs_one_stream and not isinstance(backbone, Vilt):
             raise ConfigError(
@@ -141,6 +115,7 @@ class Method(nn.Module):
 
     def begin_task(self, name: str, labels: LabelSpace) -> None:
         """Take up a new task: allocate its experts, trainable."""
+        check_labels(self.backbone, labels)
         self.task_names.append(name)
         self.labels.append(labels)
         task = len(self.labels) - 1
@@ -182,11 +157,26 @@ class Method(nn.Module):
         labels = self.labels[batch.task]
         task = self.expert_task(batch.task)
         with self.weights():
-            embedding = self.backbone.encode(batch, self.make_route(task, batch))
-            loss = self.task_loss(embedding, batch, labels, task)
+            route = self.make_route(task, batch)
+            loss, embedding = self.loss_under(route, batch, labels, task)
         extra = self.extra_losses(batch, embedding)
         total = loss + sum(extra.values()) if extra else loss
         return {"loss": total, "task": loss.detach(), **{k: v.detach() for k, v in extra.items()}}
+
+    def loss_under(
+        self, route: Route, batch: Batch, labels: LabelSpace, task: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the task's loss under a route, and the embedding (b, p) it was computed from.
+
+        Of a model that writes: the mean over rows of the answers' losses, and these (b, 1).
+        """
+        if isinstance(self.backbone, TextBackbone):
+            losses = self.backbone.answer_losses(
+                batch, route, limit=labels.max_new_tokens, smoothing=self.objective.label_smoothing
+            )
+            return losses.mean(), losses.unsqueeze(1)
+        embedding = self.backbone.encode(batch, route)
+        return self.task_loss(embedding, batch, labels, task), embedding
 
     def task_loss(self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int) -> Tensor:
         """Return the classification loss of embeddings (b, p) of the current data task.
@@ -211,7 +201,7 @@ class Method(nn.Module):
         assert batch.task is not None
         if self.heads is not None:
             return self.heads.of_task(embedding, batch.task), batch.labels
-        subset, targets = self._step_classes(batch, labels)
+        subset, targets = self.objective.step_classes(batch, labels)
         classes = prompts_of(self.backbone).class_embeddings(
             labels,
             task,
@@ -264,6 +254,30 @@ class Method(nn.Module):
         """
         encoded, tasks = self.route(batch, oracle)
         return self.answer(batch, encoded, tasks, labels)
+
+    @torch.no_grad()
+    def write(
+        self,
+        batch: Batch,
+        labels: LabelSpace,
+        *,
+        oracle: int | None = None,
+        tasks: Tensor | None = None,
+    ) -> Written:
+        """Return the text that answers each row, routed on its own; see :meth:`predict`.
+
+        All rows run in one batch, whatever their tasks (``tasks`` where they are told); a row's
+        route holds for all its tokens.
+        """
+        check_labels(self.backbone, labels)
+        assert isinstance(self.backbone, TextBackbone)
+        batch = replace(batch, random=None)
+        encoded, tasks = self.route(batch, oracle) if tasks is None else (None, tasks)
+        distinct = torch.unique(tasks).tolist()
+        with self.weights():
+            route = self.make_route(distinct[0] if len(distinct) == 1 else tasks, batch, encoded)
+            texts = self.backbone.write(batch, route, labels.max_new_tokens)
+        return Written(texts=tuple(texts), tasks=tasks)
 
     def route(self, batch: Batch, oracle: int | None = None) -> tuple[Encoded | None, Tensor]:
         """Return (the base's pass if the selector needed one, task or BASE of each row)."""
@@ -429,21 +443,3 @@ class Method(nn.Module):
     def allocation(self) -> Allocation | None:
         """Which sites have experts of which task, or None where no allocator decides it."""
         return None if self.allocator is None else self.allocator.allocation(self.task_names)
-
-    def _step_classes(
-        self, batch: Batch, labels: LabelSpace
-    ) -> tuple[Sequence[int] | None, Tensor]:
-        """Return (class indices of this step's softmax or None for all, targets within them)."""
-        limit = self.objective.max_classes
-        if limit is None or len(labels.classes) <= limit or batch.random is None:
-            return None, batch.labels
-        if limit < 2:
-            raise ConfigError(f"max_classes must be at least 2; got {limit}")
-        order = batch.random.whole().normal("classes", (len(labels.classes),), torch.empty(()))
-        together = batch.labels if batch.step_labels is None else batch.step_labels
-        present = torch.tensor(sorted(set(together.tolist())))
-        order[present] += 1e6
-        subset = torch.topk(order, max(limit, len(present))).indices.sort().values
-        position = torch.full((len(labels.classes),), -1)
-        position[subset] = torch.arange(len(subset))
-        return subset.tolist(), position.to(batch.labels.device)[batch.labels]

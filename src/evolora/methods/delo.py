@@ -43,6 +43,7 @@ from evolora.randomness import generator
 from evolora.registry import METHODS
 from evolora.routing.route import Route
 from evolora.routing.selector import OracleSelectorConfig
+from evolora.routing.spans import Spans
 from evolora.routing.task_keys import TaskKeySelectorConfig
 from evolora.streams.task import LabelSpace
 
@@ -251,6 +252,7 @@ class DeLoLayer(ExpertLayer):
         """Return which ranks act on which token, (1, n, R); None if all on all."""
         if self.scope == "all" or route.spans is None:
             return None
+        assert isinstance(route.spans, Spans)
         acts = [route.spans.positions(name).to(x.dtype).unsqueeze(1) for name in self.pools]
         return torch.cat([column.expand(-1, self.r) for column in acts], dim=1).unsqueeze(0)
 

@@ -126,7 +126,7 @@ class ER(SequentialLoRA):
         targets: dict[int, Tensor] = {}
         for own, (_, part) in parts.items():
             space = self.labels[own]
-            classes, targets[own] = self._step_classes(part, space)
+            classes, targets[own] = self.objective.step_classes(part, space)
             names = space.prompts()
             chosen = range(len(names)) if classes is None else classes
             columns[own] = slice(len(wanted), len(wanted) + len(chosen))

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from evolora.backbones.base import Backbone, Batch
+from evolora.backbones.base import Backbone, Batch, TextBackbone
 from evolora.errors import ConfigError
 from evolora.methods.lora import LoRAConfig, SequentialLoRA
 from evolora.randomness import StepRandom, derive_seed, generator
@@ -68,6 +68,10 @@ class EWC(SequentialLoRA):
 
     def __init__(self, config: EWCConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
+        if backbone.answers == "text" and config.fisher != "empirical":
+            raise ConfigError(
+                "fisher: sampled draws classes, and this model writes its answers; take empirical"
+            )
         self.elastic = ElasticMemory()
 
     def allocate(self, task: int) -> None:
@@ -105,6 +109,10 @@ class EWC(SequentialLoRA):
                 random = StepRandom(derive_seed(self.seed, "fisher", task, passes))
                 # what is kept of samples would be filled up to many rows
                 part = replace(batch.take(rows), known=None, random=random)
+                if isinstance(self.backbone, TextBackbone):
+                    route = self.make_route(expert, part)
+                    yield self.loss_under(route, part, labels, expert)[1].squeeze(1)
+                    continue
                 embedding = self.backbone.encode(part, self.make_route(expert, part))
                 logits, targets = self.training_logits(embedding, part, labels, expert)
                 yield surprise(logits, targets, several=labels.multi_label, draw=draw)

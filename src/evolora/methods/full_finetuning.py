@@ -42,6 +42,7 @@ class FullFinetuning(Method):
 
     config_class = FullFinetuningConfig
     replaces_weights = True
+    writes = True
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)

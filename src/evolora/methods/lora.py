@@ -43,7 +43,8 @@ class LoRAConfig:
         r: rank.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: probability of zeroing a bottleneck unit during training, in [0, 1).
-        target_modules: Linears that get an expert: q_proj, k_proj, v_proj, out_proj, fc1, fc2.
+        target_modules: Linears that get an expert: q_proj, k_proj, v_proj, out_proj, fc1, fc2; a
+            model that writes has others beside them (o_proj, gate_proj ...), or "all-linear".
         layers_to_transform: block indices (negative counts from the top); None takes all.
         towers: towers that get experts; None takes all.
     """
@@ -144,6 +145,7 @@ class _LoRA(Method):
 
     config: LoRAConfig
     shared: ClassVar[bool] = True
+    writes = True
 
     def __init__(
         self,

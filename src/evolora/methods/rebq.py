@@ -38,6 +38,7 @@ from evolora.randomness import generator
 from evolora.registry import METHODS
 from evolora.routing.route import Route
 from evolora.routing.selector import AlwaysSelector
+from evolora.routing.spans import Spans
 
 REBUILD = "rebuild"
 """Stage of the pass that rebuilds queries."""
@@ -123,7 +124,7 @@ class TokenReader(ExpertLayer):
         """Return (b, d) of a sequence (b, n, d), or (b, m d) in the rebuild pass."""
         if route.stage != REBUILD:
             return x[:, 0]
-        assert route.spans is not None
+        assert isinstance(route.spans, Spans)
         return route.spans.heads(x).flatten(1)
 
 

@@ -30,3 +30,4 @@ class ZeroShot(Method):
 
     config_class = ZeroShotConfig
     needs_prompts = True
+    writes = True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evolora.errors import RouteError
 from evolora.randomness import StepRandom
-from evolora.routing.spans import Spans
+from evolora.routing.spans import Spans, TokenSpans
 
 BASE = -1
 """Task index that means: no expert runs, the untouched base model answers."""
@@ -36,7 +36,7 @@ class Route:
     uniform: int | None = None
     summary: str | Tensor = "first"
     random: StepRandom | None = None
-    spans: Spans | None = None
+    spans: Spans | TokenSpans | None = None
     queries: Tensor | None = None
     stage: str = ""
 

@@ -75,3 +75,46 @@ class Spans:
             part = slice(span.start + span.head, span.stop)
             counted[:, row, part] = self.mask[:, part].float()
         return counted / counted.sum(dim=2, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSpans:
+    """Where each modality's tokens stand where that differs from row to row, as in a prompt.
+
+    It speaks of the whole prompt; of a later step of generation, which sees one token, nothing.
+
+    Args:
+        of: modality -> (b, n) bool, its tokens; padding is of none.
+        present: (b, m) bool; the sample has the modality, says the data.
+    """
+
+    of: Mapping[str, Tensor]
+    present: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(b, n) bool: the position holds something and is no padding."""
+        return torch.stack(list(self.of.values())).any(dim=0)
+
+    def means(self, hidden: Tensor) -> Tensor:
+        """Return the mean (b, m, d) of hidden states (b, n, d) over each modality's tokens.
+
+        Zero where a row has none.
+        """
+        return self._weights.to(hidden.dtype) @ hidden
+
+    def has(self, modality: str) -> Tensor:
+        """Return (b,) bool: which samples have a modality."""
+        return self.present[:, list(self.of).index(modality)]
+
+    def take(self, rows: Tensor) -> TokenSpans:
+        """Return the same for some of the rows."""
+        return TokenSpans(
+            {name: where[rows] for name, where in self.of.items()}, self.present[rows]
+        )
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """Weights (b, m, n) of a mean over each modality."""
+        counted = torch.stack([where.float() for where in self.of.values()], dim=1)
+        return counted / counted.sum(dim=2, keepdim=True).clamp_min(1.0)

@@ -52,6 +52,7 @@ def save_artefact(learner: Learner, folder: Path) -> None:
                 "classes": list(labels.classes),
                 "templates": list(labels.templates),
                 "multi_label": labels.multi_label,
+                **({"max_new_tokens": labels.max_new_tokens} if labels.text else {}),
             }
             for name, labels in zip(method.task_names, method.labels, strict=True)
         ],
@@ -119,7 +120,6 @@ class _Index:
 def _parse(record: Mapping[str, Any]) -> _Index:
     """Return the index; KeyError, TypeError, AttributeError or StreamError where it is damaged."""
     from evolora.evaluation.cost import Cost
-    from evolora.streams.task import LabelSpace
 
     return _Index(
         backbone={
@@ -127,20 +127,23 @@ def _parse(record: Mapping[str, Any]) -> _Index:
             **{key: str(record["backbone"][key]) for key in ("class", "name_or_path", "sha256")},
         },
         method=dict(record["method"].items()),
-        tasks=tuple(
-            (
-                str(task["name"]),
-                LabelSpace(
-                    classes=tuple(task["classes"]),
-                    templates=tuple(task["templates"]),
-                    multi_label=bool(task.get("multi_label", False)),
-                ),
-            )
-            for task in record["tasks"]
-        ),
+        tasks=tuple((str(task["name"]), _labels(task)) for task in record["tasks"]),
         costs=tuple(Cost(**cost) for cost in record["cost"]),
         sha256=str(record["tensors"]["sha256"]),
         seed=record["seed"],
+    )
+
+
+def _labels(task: Mapping[str, Any]) -> LabelSpace:
+    """Return a task's label space; one that has a length in tokens is of texts."""
+    from evolora.streams.task import LabelSpace
+
+    if "max_new_tokens" in task:
+        return LabelSpace.of_texts(int(task["max_new_tokens"]))
+    return LabelSpace(
+        classes=tuple(task["classes"]),
+        templates=tuple(task["templates"]),
+        multi_label=bool(task.get("multi_label", False)),
     )
 
 
@@ -217,7 +220,7 @@ def _card(learner: Learner) -> str:
         "| task | classes |",
         "|---|---|",
         *(
-            f"| {name} | {len(labels.classes)} |"
+            f"| {name} | {'texts' if labels.text else len(labels.classes)} |"
             for name, labels in zip(method.task_names, method.labels, strict=True)
         ),
         "",

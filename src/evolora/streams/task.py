@@ -11,8 +11,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from evolora.errors import StreamError
 
 LabelProtocol = Literal["task", "seen"]
-Label = int | tuple[int, ...]
-"""A class index; with several labels per sample, a 0 or 1 for each class of the task."""
+Label = int | tuple[int, ...] | str | tuple[str, ...]
+"""A class index; with several labels per sample, a 0 or 1 for each class of the task; where answers
+are texts, the right one or all that count as right."""
+MAX_NEW_TOKENS = 64
+"""Longest answer in tokens where a task does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +24,12 @@ class Example:
 
     Args:
         inputs: modality -> value; "image" is a uint8 tensor (3, height, width) in RGB, "text" a
-            string. A missing modality is absent from the mapping, never a placeholder.
-        label: class index; with several labels per sample, a 0 or 1 for each class of the task.
+            string. A missing modality is absent from the mapping, never a placeholder. Where
+            answers are texts, "image" may be a tuple of images and "text" the turns of a
+            conversation (user, assistant, user, ...) as a tuple; "<image>" in a user's turn says
+            where an image stands, else images come first.
+        label: class index; with several labels per sample, a 0 or 1 for each class of the task;
+            where answers are texts, the right one, or several that count as right.
         key: stable identifier within its task and split (file name, row number); names the sample
             in errors and caches.
     """
@@ -53,13 +60,29 @@ class LabelSpace:
         templates: prompts with one "{}"; the first is used in training, all are averaged in
             evaluation (CLIP's prompt ensembling).
         multi_label: a sample may have any number of the classes (judged by F1, trained by BCE).
+        text: answers are texts that the model writes; there are no classes. See :meth:`of_texts`.
+        max_new_tokens: longest text in tokens; the rest of a longer one is cut off, in training and
+            in answers.
     """
 
     classes: tuple[str, ...]
     templates: tuple[str, ...] = ("a photo of a {}.",)
     multi_label: bool = False
+    text: bool = False
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+    @classmethod
+    def of_texts(cls, max_new_tokens: int = MAX_NEW_TOKENS) -> LabelSpace:
+        """Return the space of all texts up to a length."""
+        return cls(classes=(), templates=(), text=True, max_new_tokens=max_new_tokens)
 
     def __post_init__(self) -> None:
+        if self.text:
+            if self.classes or self.multi_label:
+                raise StreamError("answers are texts or classes, not both")
+            if self.max_new_tokens < 1:
+                raise StreamError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}")
+            return
         if not self.classes:
             raise StreamError("a label space needs at least one class; got none")
         if len(set(self.classes)) != len(self.classes):
@@ -85,7 +108,8 @@ class Task:
         labels: label space of this task alone.
         modalities: the modalities this task's inputs may have.
         metric: name of the metric of a test score: "accuracy" of one class per sample, "macro-f1"
-            of several (see :mod:`evolora.evaluation.scores`).
+            of several (see :mod:`evolora.evaluation.scores`); where answers are texts, one of
+            ``evolora.registry.ANSWER_METRICS`` ("exact-match").
     """
 
     name: str
@@ -102,6 +126,10 @@ class Task:
                 f"task {self.name!r} needs training and test samples; "
                 f"got {len(self.train)} and {len(self.test)}"
             )
+        if self.labels.text:
+            from evolora.registry import ANSWER_METRICS
+
+            ANSWER_METRICS.get(self.metric)  # one of classes would fail after training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +155,8 @@ class Stream:
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise StreamError(f"stream {self.name!r} repeats a task name: {names}")
+        if self.label_protocol == "seen" and any(task.labels.text for task in self.tasks):
+            raise StreamError("label_protocol 'seen' joins classes; answers here are texts")
 
     def __iter__(self) -> Any:
         return iter(self.tasks)

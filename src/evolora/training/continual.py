@@ -25,6 +25,7 @@ from evolora.config import RunConfig, load_stream
 from evolora.errors import StorageError, StreamError, unknown_name
 from evolora.evaluation.cost import Cost
 from evolora.evaluation.matrix import Matrix
+from evolora.evaluation.testing import largest_score
 from evolora.learner import Learner, Progress
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
 from evolora.storage.files import read_json, sweep_temporary, write_json
@@ -130,7 +131,8 @@ class ContinualRun:
             if name not in names:
                 raise unknown_name("task in training.learning_rates", name, names)
         counts = [len(task.test) for task in self.stream]
-        self.record = Record(matrix=Matrix.empty(names, counts))
+        largest = [largest_score(task) for task in self.stream]
+        self.record = Record(matrix=Matrix.empty(names, counts, largest))
         self._started = time.perf_counter()
         self._began = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -150,8 +152,8 @@ class ContinualRun:
         if first >= len(tasks):
             self._finish()  # the run may have been killed before its last files were written
             return self.record.matrix
-        prompts = self.learner.backbone.answers == "prompts"  # heads answer nothing unlearned
-        if prompts and self.config.evaluation.baseline and self.record.matrix.baseline is None:
+        unlearned = self.learner.backbone.answers != "heads"  # heads answer nothing unlearned
+        if unlearned and self.config.evaluation.baseline and self.record.matrix.baseline is None:
             self.record.matrix.set_baseline(self._zero_shot(tasks))
         if self.learner.method.joint:
             self._joint(tasks, progress)
@@ -188,7 +190,7 @@ class ContinualRun:
         cases: dict[str, dict[str, float]] = {}
         by_task = self.stream.label_protocol == "task"
         space, offsets = (None, []) if by_task else seen_labels(tasks[: index + 1])
-        whole = by_task and self.learner.backbone.answers == "prompts"
+        whole = by_task and self.learner.backbone.answers != "heads"
         for position, task in enumerate(tasks if whole else tasks[: index + 1]):
             offset = 0 if by_task else offsets[position]
             result = self.learner.evaluate(task, labels=space, offset=offset)

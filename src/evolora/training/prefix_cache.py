@@ -39,6 +39,8 @@ def check_training(config: TrainingConfig, method: Method) -> None:
     reason = None
     if method.replaces_weights:
         reason = f"{method.config.type} trains the weights below every block"
+    elif not method.backbone.has_prefix:
+        reason = f"{type(method.backbone).__name__} cannot go on from kept activations"
     elif config.augment:
         reason = "training.augment crops at random, each time other pixels; set it to false"
     elif method.backbone.host.lowest(method.backbone.cached_tower) == 0:

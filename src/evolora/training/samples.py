@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from evolora.backbones.base import Backbone, Batch, LazyInputs
-from evolora.backbones.batch import label_tensor
+from evolora.backbones.batch import answer_texts, label_tensor
 from evolora.backbones.memory import Known, Memory
-from evolora.streams.task import Example, Examples, Joined, Subset
+from evolora.streams.task import Example, Examples, Joined, Label, Subset
 
 DIGEST_BYTES = 16
 
@@ -28,7 +28,7 @@ class Sample:
         modalities: those it has.
     """
 
-    label: int | tuple[int, ...]
+    label: Label
     key: str
     content: bytes
     modalities: tuple[str, ...]
@@ -96,6 +96,7 @@ class Samples:
             labels=label_tensor([s.label for s in samples], self.backbone.device),
             keys=tuple(s.key for s in samples),
             task=task,
+            answers=answer_texts([s.label for s in samples]),
             known=Known(samples=tuple(s.content for s in samples), memory=self.memory),
             present=self.backbone.present([s.modalities for s in samples]),
         )

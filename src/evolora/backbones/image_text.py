@@ -1,0 +1,425 @@
+"""Models that read images and text and write: InternVL, LLaVA, Idefics3, SmolVLM, Qwen-VL.
+
+Three towers: "vision" (the encoder), "projection" and "language". Experts stand at any Linear of
+them. A row of the encoder is an image (or a tile of one), of Qwen-VL a patch; it goes by the route
+of the sample it belongs to.
+
+    prompt = chat template of the turns, images where they stand      (padded on the left)
+    loss   = mean over the answer's tokens of -log p(token | images, prompt, tokens before it)
+    answer = greedy, with the key-value cache; the route is fixed before the first token
+
+The prompt's token ids are known when a sample is prepared, so nothing here depends on who shares a
+batch: padding is masked, positions count a row's own tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evolora.backbones.base import Batch, TextBackbone
+from evolora.backbones.blocks import block_indices, layer_statistics, outputs_of, statistic_layers
+from evolora.backbones.dialogue import Dialogues, flat, padded_left, padded_right, stacked
+from evolora.backbones.families import (
+    LANGUAGE,
+    PROJECTION,
+    VISION,
+    blocks_of,
+    family_of,
+    linears_of,
+    read_blocks,
+)
+from evolora.backbones.frozen import ModelFunction
+from evolora.errors import ConfigError, DataError, unknown_name
+from evolora.experts.sites import Site, SiteKind
+from evolora.randomness import StepRandom, derive_seed
+from evolora.registry import BACKBONES
+from evolora.routing.route import Route
+from evolora.routing.spans import TokenSpans
+from evolora.streams.task import Example
+
+TEXT_LENGTH = 2048
+"""Longest prompt in tokens where nothing else is said and the model takes as many."""
+ALL_LINEAR = "all-linear"
+NO_ANSWER = -100
+SQUARE = 448
+
+
+@BACKBONES.register("image-text", summary="InternVL, LLaVA, Idefics3, SmolVLM, Qwen-VL: they write")
+class ImageText(TextBackbone):
+    """A ``transformers`` image-text-to-text model with its processor.
+
+    Args:
+        model: ``...ForConditionalGeneration`` of a family in
+            :mod:`evolora.backbones.families`.
+        processor: its processor, or None where only shapes count.
+        name: what the user called it.
+        text_length: longest prompt in tokens, images included; None is the model's own limit, at
+            most 2048. A longer prompt is refused.
+    """
+
+    towers = (VISION, PROJECTION, LANGUAGE)
+    cached_tower = LANGUAGE
+    modalities = ("image", "text")
+    kept_features = ("layers", "modalities")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any | None = None,
+        *,
+        name: str = "",
+        text_length: int | None = None,
+    ) -> None:
+        self.family = family_of(model)
+        self.config: Any = getattr(model, "config")  # noqa: B009 - a Module's attributes are untyped
+        own = int(getattr(self.config.text_config, "max_position_embeddings", TEXT_LENGTH))
+        self.text_length = min(own, TEXT_LENGTH) if text_length is None else text_length
+        if self.text_length < 1:
+            raise ConfigError(f"text_length must be at least 1; got {text_length}")
+        super().__init__(model)
+        self.name = name
+        self.processor = processor
+        self.image_token = int(self.config.image_token_id)
+        self.dialogues = Dialogues(processor, self.image_token, self.text_length)
+        counts = tuple(f"{pixels} number" for pixels in self.family.pixels)
+        self.input_names = (
+            *("input_ids", "attention_mask", "answer_ids"),
+            *self.family.pixels,
+            *counts,
+        )
+
+    # -- towers ----------------------------------------------------------------------------------
+
+    def blocks(self, tower: str) -> list[nn.Module]:
+        """Return the blocks of a tower that are read, the lowest first; a projection is one."""
+        if tower == PROJECTION:
+            return [self.model.get_submodule(self.family.projection)]
+        if tower == LANGUAGE:
+            return blocks_of(self.model.get_submodule(self.family.language))
+        return read_blocks(blocks_of(self.model.get_submodule(self.family.vision)), self.config)
+
+    def sites(
+        self,
+        kind: SiteKind,
+        *,
+        towers: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+        target_modules: Sequence[str] = (),
+    ) -> list[Site]:
+        """Return Linear sites; a name is taken in every tower that has it, "all-linear" is all.
+
+        Raises:
+            ConfigError: an unknown tower, a name that no chosen tower has, or another kind.
+        """
+        if kind != "linear":
+            raise ConfigError(
+                f"{type(self).__name__} has experts at Linears only; this method asks for {kind!r}"
+            )
+        for tower in towers or ():
+            if tower not in self.towers:
+                raise unknown_name("tower", tower, self.towers)
+        found: list[Site] = []
+        known: set[str] = {ALL_LINEAR}
+        for tower in [tower for tower in self.towers if towers is None or tower in towers]:
+            blocks = self.blocks(tower)
+            chosen = None if tower == PROJECTION else layers
+            for index in block_indices(chosen, len(blocks), tower):
+                linears = linears_of(blocks[index])
+                known.update(linears)
+                found += [
+                    _site(tower, index, name, linear)
+                    for name, linear in linears.items()
+                    if name in target_modules or ALL_LINEAR in target_modules
+                ]
+        for target in target_modules:
+            if target not in known:
+                raise unknown_name("target module", target, known)
+        return found
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """Return the blocks of both transformers; the projection, small, is never run again."""
+        return [*self.blocks(VISION), *self.blocks(LANGUAGE)]
+
+    # -- samples ---------------------------------------------------------------------------------
+
+    def prepare(
+        self, example: Example, draw: torch.Generator | None = None
+    ) -> Mapping[str, Tensor]:
+        """Return {"text": tokens (n,), "image": what the encoder takes, "answer": tokens (a,)}.
+
+        Tokens of a sample without text are called "prompt". Images are the processor's, and never
+        augmented: an answer may say where something is.
+        """
+        self.check_modalities(example)
+        found = self.dialogues.prompt(example)
+        prepared = {"text" if "text" in example.inputs else "prompt": found["input_ids"]}
+        for name in self.family.pixels:
+            if name in found:
+                value = found[name][0] if self.family.nested else found[name]
+                prepared["image" if name == "pixel_values" else name] = value
+        answer = self.dialogues.answer(example)
+        return prepared if answer is None else {**prepared, "answer": answer}
+
+    def inputs_of(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return token ids and mask (b, n), answers (b, a), and images (b, k, ...) with their k."""
+        prompts = [one["text"] if "text" in one else one["prompt"] for one in prepared]
+        ids, mask = padded_left(prompts, self._padding)
+        answers = padded_right([one.get("answer") for one in prepared], NO_ANSWER)
+        inputs = {"input_ids": ids, "attention_mask": mask, "answer_ids": answers}
+        for name in self.family.pixels:
+            key = "image" if name == "pixel_values" else name
+            inputs[name], inputs[f"{name} number"] = stacked([one.get(key) for one in prepared])
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def without(self, batch: Batch, lost: Mapping[str, Tensor]) -> Batch:
+        """Refuse: an image's tokens are part of the prompt, which would have to be made anew."""
+        raise ConfigError(
+            f"{type(self).__name__} cannot take a modality out of a prepared prompt; make samples "
+            "without it"
+        )
+
+    # -- what methods ask for --------------------------------------------------------------------
+
+    def answer_losses(
+        self, batch: Batch, route: Route, *, limit: int | None = None, smoothing: float = 0.0
+    ) -> Tensor:
+        """Return the loss (b,) of each row's answer, cut to ``limit`` tokens, under the route."""
+        answers = batch.inputs["answer_ids"][:, :limit]
+        if answers.shape[1] == 0 or bool((answers == NO_ANSWER).all(dim=1).any()):
+            raise DataError("a batch that is learned needs an answer in every row")
+        self._place(batch, route, answers.shape[1])
+        logits = self.answer_logits(batch, answers)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            answers.flatten(),
+            ignore_index=NO_ANSWER,
+            reduction="none",
+            label_smoothing=smoothing,
+        ).view(answers.shape)
+        return losses.sum(dim=1) / (answers != NO_ANSWER).sum(dim=1)
+
+    def answer_logits(self, batch: Batch, answers: Tensor) -> Tensor:
+        """Return logits (b, a, c) at the tokens of answers (b, a), under the routes in place."""
+        given = answers != NO_ANSWER
+        ids = torch.cat([batch.inputs["input_ids"], answers.clamp_min(0)], dim=1)
+        mask = torch.cat([batch.inputs["attention_mask"], given.long()], dim=1)
+        inputs = self._model_inputs(batch, ids, mask)
+        output = self.call(self._forward, logits_to_keep=answers.shape[1] + 1, **inputs)
+        logits: Tensor = output.logits[:, :-1]
+        return logits
+
+    @torch.no_grad()
+    def write(self, batch: Batch, route: Route, max_new_tokens: int) -> list[str]:
+        """Return the answer of each row, greedy; it ends at an end token or at the limit."""
+        self._place(batch, route)
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        ends = self._end_tokens
+        tokens: Tensor = self.call(
+            self._generate,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self._padding,
+            eos_token_id=ends,
+            **self._model_inputs(batch, ids, mask, positions=False),
+        )
+        texts = []
+        for row in tokens[:, ids.shape[1] :].tolist():
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            texts.append(self.dialogues.read(row[:end]))
+        return texts
+
+    def encode(self, batch: Batch, route: Route) -> Tensor:
+        """Return the mean state (b, d) of each row's prompt under the route."""
+        spans = self._place(batch, route)
+        return _mean(self._prompt_states(batch), spans.mask)
+
+    def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the "embedding" and the wanted features of prompts; an answer is never seen.
+
+        "modalities": unit vectors (b, 2, d): mean of what the projection made of the images, and
+        mean of the last states at the prompt's other tokens; NaN where the sample lacks it.
+        "layers": statistics of the prompt at four depths of the language model.
+        """
+        spans = self._spans(batch)
+        blocks = self.blocks(LANGUAGE)
+        depths = statistic_layers(1 + len(blocks))
+        entering: list[Tensor] = []
+        handle = blocks[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+        try:
+            with outputs_of(blocks) as hidden:
+                last = self._prompt_states(batch)
+        finally:
+            handle.remove()
+        found = {"embedding": _mean(last, spans.mask)}
+        if "layers" in names:
+            states = [*entering, *hidden]
+            found["layers"] = layer_statistics([states[depth] for depth in depths], spans.mask)
+        if "modalities" in names:
+            image, text = spans.means(entering[0])[:, 0], spans.means(last)[:, 1]
+            means = F.normalize(torch.stack([image, text], dim=1), dim=-1)
+            found["modalities"] = means.masked_fill(~spans.present.unsqueeze(2), float("nan"))
+        return found
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """The mean state of the prompt."""
+        return {LANGUAGE: int(self.config.text_config.hidden_size)}
+
+    def feature_widths(self) -> dict[str, int]:
+        """Return the widths of "pooled", "layers" and (per modality) "modalities"."""
+        depths = statistic_layers(1 + len(self.blocks(LANGUAGE)))
+        widths = dict.fromkeys(("pooled", "modalities"), self.width)
+        return {**widths, "layers": 2 * len(depths) * self.width}
+
+    def describe(self) -> dict[str, Any]:
+        """Return class, name and prompt limit, for the artefact."""
+        return {
+            "type": "image-text",
+            "class": type(self.model).__name__,
+            "name_or_path": self.name,
+            "sha256": self.fingerprint(),
+            "text_length": self.text_length,
+        }
+
+    def preprocessing(self) -> str:
+        """Return the prompt limit and a digest of the processor's settings and chat template."""
+        images = getattr(self.processor, "image_processor", None)
+        settings = images.to_dict() if images is not None else {}
+        template = getattr(self.processor, "chat_template", None)
+        text = json.dumps([settings, template], sort_keys=True, default=str)
+        return f"{self.text_length}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def tower_inputs(self) -> dict[str, tuple[ModelFunction, dict[str, Tensor]]]:
+        """Return the language model with a prompt of full length; images differ in size."""
+        width = self.width
+        states = torch.empty(1, self.text_length, width, device="meta")
+        language: Any = self.model.get_submodule(self.family.language)
+        return {LANGUAGE: (language.forward, {"inputs_embeds": states})}
+
+    def tokens(self, tower: str) -> int:
+        """Return the length of a full sequence: the longest prompt, the patches of a square image.
+
+        An encoder without a size of its own (Qwen-VL) counts an image of 448 x 448 pixels.
+        """
+        if tower == LANGUAGE:
+            return self.text_length
+        vision = self.config.vision_config
+        size, patch = (
+            one[0] if isinstance(one, list | tuple) else int(one)
+            for one in (getattr(vision, "image_size", SQUARE), vision.patch_size)
+        )
+        patches: int = (size // patch) ** 2
+        return patches
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @property
+    def _padding(self) -> int:
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        found = getattr(tokenizer, "pad_token_id", None)
+        return 0 if found is None else int(found)
+
+    @property
+    def _end_tokens(self) -> list[int]:
+        model: Any = self.model
+        own = model.generation_config.eos_token_id
+        others = own if isinstance(own, list) else [own]
+        return [int(t) for t in dict.fromkeys([self.dialogues.end_token, *others]) if t is not None]
+
+    def _forward(self, **inputs: Any) -> Any:
+        return self.model(use_cache=False, **inputs)
+
+    def _generate(self, **inputs: Any) -> Any:
+        model: Any = self.model
+        return model.generate(**inputs)
+
+    def _prompt_states(self, batch: Batch) -> Tensor:
+        """Return the last states (b, n, d) of prompts."""
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        model: Any = self.model
+        states: Tensor = self.call(
+            lambda **inputs: model.model(use_cache=False, **inputs),
+            **self._model_inputs(batch, ids, mask),
+        ).last_hidden_state
+        return states
+
+    def _model_inputs(
+        self, batch: Batch, ids: Tensor, mask: Tensor, *, positions: bool = True
+    ) -> dict[str, Any]:
+        """Return what the model's forward takes; positions count a row's own tokens."""
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        pixels = self._pixels(batch)
+        inputs.update(pixels)
+        if self.family.packed and pixels:  # it counts positions itself, by the images' grids
+            inputs["mm_token_type_ids"] = (ids == self.image_token).int()
+        elif positions:
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        return inputs
+
+    def _pixels(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the encoder's inputs of all rows; none where no row has an image."""
+        if not bool(batch.inputs["pixel_values number"].any()):
+            return {}
+        found = {}
+        for name in self.family.pixels:
+            whole = batch.inputs[name]
+            number = batch.inputs[f"{name} number"]
+            found[name] = whole if self.family.nested else flat(whole, number)
+        return found
+
+    def _spans(self, batch: Batch, more: int = 0) -> TokenSpans:
+        """Return where images and text stand in prompts; ``more`` answer tokens are of neither."""
+        images = batch.inputs["input_ids"] == self.image_token
+        real = batch.inputs["attention_mask"].bool()
+        of = {"image": images & real, "text": ~images & real}
+        everywhere = torch.ones(len(batch), dtype=torch.bool, device=real.device)
+        present = [batch.present.get(modality, everywhere) for modality in self.modalities]
+        return TokenSpans(
+            {name: F.pad(where, (0, more)) for name, where in of.items()},
+            torch.stack(present, dim=1),
+        )
+
+    def _place(self, batch: Batch, route: Route, more: int = 0) -> TokenSpans:
+        """Put the route in place for all towers: a row of the encoder goes by its sample's."""
+        spans = self._spans(batch, more)
+        self.host.set_route(LANGUAGE, replace(route, spans=spans))
+        numbers = batch.inputs["pixel_values number"]
+        rows = torch.arange(len(batch), device=numbers.device).repeat_interleave(numbers)
+        random = route.random
+        if random is not None:  # noise is drawn for rows of samples; here for this process's images
+            random = StepRandom(derive_seed(random.seed, "images", random.first_row))
+        seen = replace(route.take(rows), random=random)
+        self.host.set_route(VISION, seen)
+        merged = self.config.vision_config.spatial_merge_size**2 if self.family.packed else 1
+        every = torch.arange(0, len(rows), merged, device=rows.device)
+        self.host.set_route(PROJECTION, seen.take(every))
+        return spans
+
+
+def _site(tower: str, index: int, name: str, linear: nn.Linear) -> Site:
+    return Site(
+        tower=tower,
+        layer=index,
+        name=f"{tower}.{index}.{name}",
+        kind="linear",
+        module=linear,
+        d_in=linear.in_features,
+        d_out=linear.out_features,
+    )
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean (b, d) of states (b, n, d) where the mask (b, n) is set."""
+    weights = mask.to(states.dtype).unsqueeze(2)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)

@@ -1,0 +1,75 @@
+"""What a method is trained for, and what it answers: classes with their chances, or texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evolora.backbones.batch import Batch
+from evolora.errors import ConfigError
+from evolora.streams.task import LabelSpace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """How class logits become a training loss.
+
+    Args:
+        label_smoothing: in [0, 1).
+        max_classes: classes in one step's softmax: those of the batch plus a random sample of the
+            others; None takes the whole label space, as the paper does.
+    """
+
+    label_smoothing: float = 0.0
+    max_classes: int | None = None
+
+    def step_classes(self, batch: Batch, labels: LabelSpace) -> tuple[Sequence[int] | None, Tensor]:
+        """Return (class indices of this step's softmax or None for all, targets within them)."""
+        limit = self.max_classes
+        if limit is None or len(labels.classes) <= limit or batch.random is None:
+            return None, batch.labels
+        if limit < 2:
+            raise ConfigError(f"max_classes must be at least 2; got {limit}")
+        order = batch.random.whole().normal("classes", (len(labels.classes),), torch.empty(()))
+        together = batch.labels if batch.step_labels is None else batch.step_labels
+        present = torch.tensor(sorted(set(together.tolist())))
+        order[present] += 1e6
+        subset = torch.topk(order, max(limit, len(present))).indices.sort().values
+        position = torch.full((len(labels.classes),), -1)
+        position[subset] = torch.arange(len(subset))
+        return subset.tolist(), position.to(batch.labels.device)[batch.labels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Answers for a batch.
+
+    Args:
+        scores: (b, c) probabilities over the label space; they sum to 1 unless a sample may have
+            several labels.
+        tasks: (b,) which task's experts answered, or BASE.
+    """
+
+    scores: Tensor
+    tasks: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """(b,) most probable class."""
+        return self.scores.argmax(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Answers for a batch of a model that writes.
+
+    Args:
+        texts: one per row.
+        tasks: (b,) which task's experts answered, or BASE.
+    """
+
+    texts: tuple[str, ...]
+    tasks: Tensor

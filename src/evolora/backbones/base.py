@@ -22,7 +22,7 @@ from evolora.backbones.batch import (
 )
 from evolora.backbones.blocks import block_indices, outputs_of, prompt_site
 from evolora.backbones.frozen import FrozenModel, ModelFunction
-from evolora.errors import ConfigError, DataError
+from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.experts.prompts import InputPrompts, PromptLayer, PromptSite, insert_prefix
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom, generator
@@ -61,6 +61,8 @@ class Backbone(FrozenModel):
         kept_features: routing features of :meth:`base_pass`, beside "pooled".
         masked: whether a prefix has a mask.
         has_prefix: whether it can go on from activations below the experts at all.
+        one_stream: image and text run in one sequence, whose places routes carry as ``spans``, and
+            a pooler (:attr:`pooler_site`) makes the embedding of it, as in ViltModel.
     """
 
     answers: ClassVar[Literal["prompts", "heads", "text"]] = "heads"
@@ -71,6 +73,7 @@ class Backbone(FrozenModel):
     kept_features: tuple[str, ...] = ("layers",)
     masked: bool = False
     has_prefix: ClassVar[bool] = True
+    one_stream: ClassVar[bool] = False
     _states = 0
 
     @abstractmethod
@@ -83,6 +86,20 @@ class Backbone(FrozenModel):
         target_modules: Sequence[str] = (),
     ) -> list[Site]:
         """Return the sites of a kind, in order of tower and depth; ConfigError on unknown names."""
+
+    def check_towers(self, towers: Sequence[str] | None) -> None:
+        """Refuse towers that the model does not have."""
+        for tower in towers or ():
+            if tower not in self.towers:
+                raise unknown_name("tower", tower, self.towers)
+
+    @property
+    def pooler_site(self) -> Site:
+        """Where a layer stands that reads the whole sequence (b, n, d), if there is ``one_stream``.
+
+        Its input is what the pooler reads, its output becomes the embedding.
+        """
+        raise TypeError(f"{type(self).__name__} has no pooler of one stream")
 
     def prompt_sites(self, layers: Sequence[int] | None = None) -> list[PromptSite]:
         """Return blocks of :attr:`cached_tower` that may get prompts, the lowest first.

@@ -102,18 +102,21 @@ def block_sites(
     for path in dict.fromkeys(linears[target] for target in targets):
         linear: Any = block.get_submodule(path)
         name = next(known for known, where in linears.items() if where == path)
-        found.append(
-            Site(
-                tower=tower,
-                layer=index,
-                name=f"{tower}.{index}.{name}",
-                kind="linear",
-                module=linear,
-                d_in=linear.in_features,
-                d_out=linear.out_features,
-            )
-        )
+        found.append(linear_site(tower, index, name, linear))
     return found
+
+
+def linear_site(tower: str, index: int, name: str, linear: nn.Linear) -> Site:
+    """Return the site of a Linear in block ``index`` of a tower."""
+    return Site(
+        tower=tower,
+        layer=index,
+        name=f"{tower}.{index}.{name}",
+        kind="linear",
+        module=linear,
+        d_in=linear.in_features,
+        d_out=linear.out_features,
+    )
 
 
 def prompt_site(block: nn.Module, tower: str, index: int) -> PromptSite:

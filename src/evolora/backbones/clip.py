@@ -22,7 +22,7 @@ from evolora.backbones.blocks import (
     outputs_of,
     statistic_layers,
 )
-from evolora.backbones.frozen import ModelFunction
+from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.pixels import mean_std, normalized
 from evolora.backbones.prompts import PromptEncoder, pooled
 from evolora.errors import ConfigError, unknown_name
@@ -56,7 +56,7 @@ class DualEncoder(PromptBackbone):
         super().__init__(model)
         self.name = name
         self.processor = processor
-        self.config: Any = getattr(model, "config")  # noqa: B009 - a Module's attributes are untyped
+        self.config = config_of(model)
         self.is_siglip = not hasattr(model, "visual_projection")
         self.image_size = int(self.config.vision_config.image_size)
         self.vision_summary = "mean" if self.is_siglip else "first"  # SigLIP has no class token
@@ -72,9 +72,7 @@ class DualEncoder(PromptBackbone):
     ) -> list[Site]:
         """Return MLP or Linear sites; see :class:`evolora.experts.sites.Site`."""
         wanted = tuple(towers or self.towers)
-        for tower in wanted:
-            if tower not in self.towers:
-                raise unknown_name("tower", tower, self.towers)
+        self.check_towers(wanted)
         for target in target_modules:
             if target not in LINEARS:
                 raise unknown_name("target module", target, LINEARS)

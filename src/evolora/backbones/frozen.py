@@ -20,6 +20,11 @@ ModelFunction = str | Callable[..., Any]
 """Name of a function of the model, or a function that calls the model and its parts."""
 
 
+def config_of(model: Any) -> Any:
+    """Return the configuration of a ``transformers`` model."""
+    return model.config
+
+
 class FrozenModel(ABC):
     """A model in eval mode with gradients off, its towers, and the host of its experts.
 

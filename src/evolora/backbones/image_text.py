@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolora.backbones.base import Batch, TextBackbone
-from evolora.backbones.blocks import block_indices, layer_statistics, outputs_of, statistic_layers
+from evolora.backbones.blocks import (
+    block_indices,
+    layer_statistics,
+    linear_site,
+    outputs_of,
+    statistic_layers,
+)
 from evolora.backbones.dialogue import Dialogues, flat, padded_left, padded_right, stacked
 from evolora.backbones.families import (
     LANGUAGE,
@@ -36,7 +42,7 @@ from evolora.backbones.families import (
     linears_of,
     read_blocks,
 )
-from evolora.backbones.frozen import ModelFunction
+from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom, derive_seed
@@ -79,7 +85,7 @@ class ImageText(TextBackbone):
         text_length: int | None = None,
     ) -> None:
         self.family = family_of(model)
-        self.config: Any = getattr(model, "config")  # noqa: B009 - a Module's attributes are untyped
+        self.config = config_of(model)
         own = int(getattr(self.config.text_config, "max_position_embeddings", TEXT_LENGTH))
         self.text_length = min(own, TEXT_LENGTH) if text_length is None else text_length
         if self.text_length < 1:
@@ -123,9 +129,7 @@ class ImageText(TextBackbone):
             raise ConfigError(
                 f"{type(self).__name__} has experts at Linears only; this method asks for {kind!r}"
             )
-        for tower in towers or ():
-            if tower not in self.towers:
-                raise unknown_name("tower", tower, self.towers)
+        self.check_towers(towers)
         found: list[Site] = []
         known: set[str] = {ALL_LINEAR}
         for tower in [tower for tower in self.towers if towers is None or tower in towers]:
@@ -135,7 +139,7 @@ class ImageText(TextBackbone):
                 linears = linears_of(blocks[index])
                 known.update(linears)
                 found += [
-                    _site(tower, index, name, linear)
+                    linear_site(tower, index, name, linear)
                     for name, linear in linears.items()
                     if name in target_modules or ALL_LINEAR in target_modules
                 ]
@@ -405,18 +409,6 @@ class ImageText(TextBackbone):
         every = torch.arange(0, len(rows), merged, device=rows.device)
         self.host.set_route(PROJECTION, seen.take(every))
         return spans
-
-
-def _site(tower: str, index: int, name: str, linear: nn.Linear) -> Site:
-    return Site(
-        tower=tower,
-        layer=index,
-        name=f"{tower}.{index}.{name}",
-        kind="linear",
-        module=linear,
-        d_in=linear.in_features,
-        d_out=linear.out_features,
-    )
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from evolora.backbones.blocks import (
     run_block,
     statistic_layers,
 )
-from evolora.backbones.frozen import ModelFunction
+from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.pixels import mean_std, normalized
 from evolora.backbones.texts import interpolated, longest, padded, token_ids
 from evolora.errors import ConfigError, unknown_name
@@ -62,6 +62,7 @@ class Vilt(Backbone):
     input_names = ("input_ids", "attention_mask", "pixel_values")
     kept_features = ("layers", "modalities", "heads")
     masked = True
+    one_stream = True
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class Vilt(Backbone):
             raise ConfigError(f"expected a ViltModel, got {type(model).__name__}")
         if getattr(model, "pooler", None) is None:
             raise ConfigError("this ViltModel has no pooler, whose output is the embedding")
-        self.config: Any = getattr(model, "config")  # noqa: B009 - a Module's attributes are untyped
+        self.config = config_of(model)
         table = int(self.config.max_position_embeddings)
         self.text_length = table if text_length is None else text_length
         if self.text_length < 2:
@@ -99,9 +100,7 @@ class Vilt(Backbone):
         target_modules: Sequence[str] = (),
     ) -> list[Site]:
         """Return MLP or Linear sites; the Linears go by ViLT's names or by CLIP's."""
-        for tower in towers or ():
-            if tower not in self.towers:
-                raise unknown_name("tower", tower, self.towers)
+        self.check_towers(towers)
         for target in target_modules:
             if target not in VILT_LINEARS:
                 raise unknown_name("target module", target, VILT_LINEARS)
@@ -192,10 +191,7 @@ class Vilt(Backbone):
 
     @property
     def pooler_site(self) -> Site:
-        """Where a layer stands that reads the sequence (b, n, d) in its own way, or after it.
-
-        Its input is what the pooler reads, its output becomes the embedding.
-        """
+        """The pooler, behind the highest block."""
         model: Any = self.model
         return Site(
             tower=TOWER,

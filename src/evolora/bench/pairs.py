@@ -259,7 +259,7 @@ def experts(kind: Kind, method: Method, batch: Batch) -> Variant:
     """Return DeLo's experts without any loss, held against loops in double precision."""
     exact = kind.wrap(copy.deepcopy(kind.model).double())
     queries = Queries(exact.modalities, "symmetric")
-    if isinstance(exact, Vilt):
+    if exact.one_stream:
         exact.watch_blocks(TOWER, queries.see)
     for site in sites(exact):
         layer = LoopFactorLayer(method.layers[site.key], queries).double()

@@ -21,7 +21,6 @@ from evolora.allocation.allocator import Allocator
 from evolora.allocation.sample import TaskSamples
 from evolora.allocation.value import Allocation
 from evolora.backbones.base import Backbone, Batch, Encoded, TextBackbone, check_labels, prompts_of
-from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
 from evolora.experts.prompts import PromptLayer
 from evolora.experts.sites import ExpertLayer, Site
@@ -85,7 +84,7 @@ class Method(nn.Module):
             raise ConfigError(
                 f"{config.type} learns classes; {type(backbone).__name__} writes its answers"
             )
-        if self.needs_one_stream and not isinstance(backbone, Vilt):
+        if self.needs_one_stream and not backbone.one_stream:
             raise ConfigError(
                 f"{config.type} needs image and text in one sequence, as in ViltModel; "
                 f"{type(backbone).__name__} runs them apart or has one only"

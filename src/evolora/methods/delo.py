@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolora.backbones.base import Backbone, Batch
-from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
 from evolora.experts.bank import Factors
 from evolora.experts.factor_pool import FactorConfig, FactorPool
@@ -280,7 +279,7 @@ class DeLo(Method):
         assert config.cmgr and config.head_mode
         self.head_mode = config.head_mode
         self.queries = Queries(backbone.modalities, config.cmgr)
-        self.by_block = isinstance(backbone, Vilt)
+        self.by_block = backbone.one_stream
         described = backbone.feature_widths()["modalities"]
         if config.preset != "released_behaviour":
             towers = backbone.towers if backbone.answers == "heads" else ("vision",)
@@ -292,7 +291,7 @@ class DeLo(Method):
             ):
                 width = None if self.by_block else described
                 self.insert(site, DeLoLayer(site, config, self.queries, width, backbone.device))
-            if isinstance(backbone, Vilt):
+            if self.by_block:
                 backbone.watch_blocks(backbone.towers[0], self.queries.see)
         if self.layers and not self.by_block:
             self.query_feature = "modalities"

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from evolora.backbones.base import Backbone
-from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
 from evolora.experts.prompts import PromptKind, PromptLayer, PromptSite
 from evolora.experts.sites import ExpertLayer
@@ -112,7 +111,6 @@ class Map(Method):
 
     def __init__(self, config: MapConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
-        assert isinstance(backbone, Vilt)
         self.selector = AlwaysSelector(0)
         sites = backbone.prompt_sites(config.layers_to_transform)
         self.insert_prompts(

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from evolora.backbones.base import Backbone, Batch, Encoded
-from evolora.backbones.vilt import Vilt
 from evolora.errors import ConfigError
 from evolora.experts.prompt_pool import PromptPool
 from evolora.experts.prompts import PromptLayer, PromptSite
@@ -138,7 +137,6 @@ class RebQ(Method):
 
     def __init__(self, config: RebQConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
-        assert isinstance(backbone, Vilt)
         self.selector = AlwaysSelector(0)
         sites, device = backbone.prompt_sites(config.layers_to_transform), backbone.device
         memory = {site.key_of("memory"): MemoryLayer(site, config, device) for site in sites}

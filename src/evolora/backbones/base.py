@@ -291,7 +291,7 @@ class Backbone(FrozenModel):
             return None
         if batch.prefix is not None:
             return batch.prefix
-        task = route.uniform if route.random is not None else None
+        task = route.alone if route.random is not None else None
         cut, known = self.host.lowest(self.cached_tower, task), batch.known
         if not cut or known is None or known.memory.prefixes is None or not self.host.enabled:
             return None

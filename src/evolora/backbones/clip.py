@@ -151,7 +151,7 @@ class DualEncoder(PromptBackbone):
         prefix = self.known_prefix(batch, route)
         if prefix is not None:
             return self._go_on(prefix.hidden, prefix.cut)
-        lowest = self.host.lowest("vision", route.uniform)
+        lowest = self.host.lowest("vision", route.alone)
         if batch.known and not self.has_other_weights and lowest is None:
             return self.encode_base(batch, features=False).embedding
         return self._image_embedding(batch)

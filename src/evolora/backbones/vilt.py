@@ -211,7 +211,7 @@ class Vilt(Backbone):
             tokens = prefix.mask[:, : self.text_length]
             self.host.set_route(TOWER, replace(route, spans=self._cut(batch, tokens)))
             return self._go_on(prefix)
-        lowest = self.host.lowest(TOWER, route.uniform)
+        lowest = self.host.lowest(TOWER, route.alone)
         if batch.known and not self.has_other_weights and lowest is None:
             return self.encode_base(batch, features=False).embedding
         inputs = dict(batch.inputs)

@@ -13,20 +13,7 @@ from evolora.errors import ConfigError
 from evolora.experts.bank import GrowingStack
 from evolora.routing.autoencoders import AutoEncoderBank, AutoEncoderTraining
 from evolora.routing.route import BASE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which task answers each row.
-
-    Args:
-        tasks: (b,) task index or BASE.
-        scores: (b, t) how foreign the row is to each task (smaller is nearer; above 1 is outside),
-            or None where no score exists (oracle).
-    """
-
-    tasks: Tensor
-    scores: Tensor | None = None
+from evolora.routing.selection import Selection
 
 
 class Selector(nn.Module):
@@ -49,6 +36,15 @@ class Selector(nn.Module):
     def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
         """Return the task of each row. ``oracle`` is the true task, None if it is not learned."""
         raise TypeError(f"{type(self).__name__} must define select")
+
+    @property
+    def helps(self) -> bool:
+        """Whether a row may have a second task that helps its own."""
+        return False
+
+    def helpers(self, features: Mapping[str, Tensor], tasks: Tensor) -> Tensor | None:
+        """Return who helps rows whose tasks (b,) are known: a task or BASE; None if nobody does."""
+        return None
 
 
 class AlwaysSelector(Selector):

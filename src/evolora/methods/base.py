@@ -343,6 +343,8 @@ class Method(nn.Module):
         wanted = self.selector.feature
         if wanted is None:
             return None, {}
+        if wanted in self.backbone.apart_features:
+            return None, self.backbone.base_results(batch, (wanted,))
         encoded = self.backbone.encode_base(batch)
         extra = {name: extract(batch) for name, extract in self.extractors.items()}
         return encoded, {**encoded.features, **extra}

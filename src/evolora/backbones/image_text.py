@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from evolora.backbones.base import Batch, TextBackbone
 from evolora.backbones.blocks import (
+    ALL_LINEAR,
     block_indices,
     layer_statistics,
     linear_site,
@@ -54,7 +55,6 @@ from evolora.streams.task import Example
 
 TEXT_LENGTH = 2048
 """Longest prompt in tokens where nothing else is said and the model takes as many."""
-ALL_LINEAR = "all-linear"
 NO_ANSWER = -100
 SQUARE = 448
 

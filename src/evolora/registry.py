@@ -98,11 +98,13 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.lora",
         "evolora.methods.ewc",
         "evolora.methods.er",
+        "evolora.methods.branch_lora",
         "evolora.methods.coda_prompt",
         "evolora.methods.delo",
         "evolora.methods.l2p",
         "evolora.methods.map",
         "evolora.methods.moe_adapters",
+        "evolora.methods.moe_lora",
         "evolora.methods.rebq",
     ),
 )

@@ -132,7 +132,6 @@ class BranchLayer(ExpertLayer):
             device=device,
         )
         self.usage = UsageCounter(config.num_branches)
-        self.usage.replicated = site.tower == "text"
 
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
         """Return out + the branches of each row's task, the same for all tokens of a row."""
@@ -201,7 +200,9 @@ class BranchLoRA(Method):
             layers=config.layers_to_transform,
             target_modules=config.target_modules,
         ):
-            self.insert(site, BranchLayer(site, config, backbone.device))
+            layer = BranchLayer(site, config, backbone.device)
+            layer.usage.replicated = site.tower == "text" and backbone.answers == "prompts"
+            self.insert(site, layer)
         use_selector(self, config.selector)
 
     def branch_layers(self) -> list[BranchLayer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tests.backbones.writers import writer
 from evolora.config import parse_config
 from evolora.evaluation.inspection import inspect_config
 from evolora.learner import Learner
+from evolora.methods.branch_lora import BranchLoRAConfig
+from evolora.methods.moe_lora import MoELoRAConfig
 from evolora.training.continual import ContinualRun
 
 
@@ -45,7 +48,9 @@ def run_of(tmp_path: Path) -> Any:
             "evaluation": {"batch_size": 3},
         }
     )  # fmt: skip
-    return lambda: ContinualRun(config, tmp_path / "run")
+    return lambda method=None: ContinualRun(
+        config if method is None else replace(config, method=method), tmp_path / "run"
+    )
 
 
 def test_the_cost_of_a_run_is_counted_on_shapes(run_of: Any, tmp_path: Path) -> None:
@@ -74,3 +79,27 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     learner = Learner.from_pretrained(tmp_path / "run")
     answer = learner.predict(texts="green ? what is it ?", task="captions")[0]
     assert answer.label == "this is it : green bar ."
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        MoELoRAConfig(r=8, num_experts=4, lora_alpha=16.0, target_modules=("all-linear",)),
+        BranchLoRAConfig(r=4, lora_alpha=16.0, num_branches=3, target_modules=("all-linear",)),
+    ],
+    ids=lambda method: method.type,
+)
+def test_mixtures_of_experts_run_end_to_end(method: Any, run_of: Any, tmp_path: Path) -> None:
+    matrix = run_of(method).run()
+    assert matrix.baseline is not None
+    assert matrix.values[0, 0] == 1.0 and matrix.values[1, 1] > matrix.baseline[1]
+    again = run_of(method).run(resume=True)
+    assert (again.values == matrix.values).all()
+    learner = Learner.from_pretrained(tmp_path / "run")
+    assert learner.method.config == method
+    answer = learner.predict(texts="green ? what is it ?")[0]
+    assert answer.label.startswith(("this is it", "red dot"))
+    cost = inspect_config(run_of(method).config)
+    assert set(cost.parameters) == {"experts", "gates"}
+    history = json.loads((tmp_path / "run" / "run.json").read_text())["history"]
+    assert cost.trainable[0] == history[0]["trainable_parameters"]

@@ -206,17 +206,18 @@ class ExpertBank(nn.Module):
         """Return the growing tensors, which always hold the same experts."""
         return [s for s in (self.A, self.B, self.down_bias, self.up_bias) if s is not None]
 
-    def grow(self, count: int, generator: torch.Generator | None = None) -> list[int]:
+    def grow(
+        self, count: int, generator: torch.Generator | None = None, *, std: float | None = None
+    ) -> list[int]:
         """Append ``count`` experts that output exactly zero; return their identifiers.
 
-        A is Kaiming-uniform with a = sqrt(5): uniform in +-1/sqrt(d_in). B and biases are zero.
+        A is Kaiming-uniform with a = sqrt(5): uniform in +-1/sqrt(d_in); with ``std`` it is normal
+        of that deviation. B and biases are zero.
         """
         device = self.A.active.device
         rows = torch.empty(count, self.r, self.d_in, device=device)
         if device.type != "meta":
-            bound = 1.0 / math.sqrt(self.d_in)
-            drawn = torch.rand(count, self.r, self.d_in, generator=generator)
-            rows = (drawn * 2 * bound - bound).to(device)
+            rows = _drawn((count, self.r, self.d_in), generator, std).to(device)
         first = len(self)
         self.A.grow(rows)
         for stack in self.stacks()[1:]:
@@ -281,6 +282,14 @@ class ExpertBank(nn.Module):
     def parameters_per_expert(self) -> int:
         """Return the number of values one expert stores."""
         return sum(math.prod(stack.shape) for stack in self.stacks())
+
+
+def _drawn(shape: tuple[int, ...], generator: torch.Generator | None, std: float | None) -> Tensor:
+    """Return what a Linear with inputs of the last axis starts from, or normal values."""
+    if std is not None:
+        return torch.randn(shape, generator=generator) * std
+    bound = 1.0 / math.sqrt(shape[-1])
+    return torch.rand(shape, generator=generator) * 2 * bound - bound
 
 
 def _gather(rows: Tensor, places: Tensor) -> Tensor:

@@ -100,9 +100,11 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.er",
         "evolora.methods.coda_prompt",
         "evolora.methods.delo",
+        "evolora.methods.dyn_mole",
         "evolora.methods.l2p",
         "evolora.methods.map",
         "evolora.methods.moe_adapters",
+        "evolora.methods.moe_cl",
         "evolora.methods.rebq",
     ),
 )

@@ -57,7 +57,8 @@ def entropy_gates(
         probabilities: (..., e).
         entropy: (...) of them.
         threshold: H; a token that reaches it exactly is routed to few.
-        mass, least: see :func:`top_p_gates`.
+        mass: P, see :func:`top_p_gates`.
+        least: k, see :func:`top_p_gates`.
     """
     few = top_p_gates(probabilities, mass, least)
     return torch.where((entropy > threshold).unsqueeze(-1), probabilities, few)

@@ -98,3 +98,17 @@ class Route:
         if isinstance(self.summary, Tensor):
             return tokens[torch.arange(self.rows, device=tokens.device), self.summary]
         return tokens[:, 0] if self.summary == "first" else tokens.mean(dim=1)
+
+    def real_tokens(self, tokens: Tensor) -> Tensor | None:
+        """Return which tokens of (b, n, d) are no padding, (b, n) bool; None if all count.
+
+        A causal text ends at its summary token. Of images, whose patches all count, and of a later
+        step of generation, which sees one token, nothing is known and nothing is padding.
+        """
+        n = tokens.shape[1]
+        if self.spans is not None:
+            real = self.spans.real
+            return real if real.shape[1] == n else None
+        if isinstance(self.summary, Tensor):
+            return torch.arange(n, device=tokens.device) <= self.summary.unsqueeze(1)
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tests.backbones.writers import writer
 from evolora.config import parse_config
 from evolora.evaluation.inspection import inspect_config
 from evolora.learner import Learner
+from evolora.methods.dyn_mole import DynMoLEConfig
+from evolora.methods.moe_cl import MoECLConfig
 from evolora.training.continual import ContinualRun
 
 
@@ -74,3 +77,31 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     learner = Learner.from_pretrained(tmp_path / "run")
     answer = learner.predict(texts="green ? what is it ?", task="captions")[0]
     assert answer.label == "this is it : green bar ."
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DynMoLEConfig(r=4, lora_alpha=8.0, num_experts=3, target_modules=("all-linear",)),
+        MoECLConfig(r=4, discriminator_memory=4),
+    ],
+    ids=lambda method: method.type,
+)
+def test_a_run_of_a_mixture_learns_and_resumes(run_of: Any, tmp_path: Path, method: Any) -> None:
+    config = replace(run_of().config, method=method)
+    counted = inspect_config(config)
+    run = ContinualRun(config, tmp_path / "mixture")
+    matrix = run.run()
+    assert matrix.baseline is not None and matrix.baseline.tolist() == [0.0, 0.0]
+    assert matrix.values[0, 0] == 1.0 and matrix.values[1, 1] > 1.0
+    assert counted.totals["stored"] == sum(
+        tensor.numel()
+        for name, tensor in run.learner.method.stored().items()
+        if tensor.is_floating_point() and not name.startswith("selector.")
+    )
+    again = ContinualRun(config, tmp_path / "mixture").run(resume=True)
+    assert (again.values == matrix.values).all()
+    learner = Learner.from_pretrained(tmp_path / "mixture")
+    answer = learner.predict(texts="green ? what is it ?")[0]
+    known = learner.method.routing == "task-free"
+    assert answer.task in ("captions", "colours") if known else answer.label

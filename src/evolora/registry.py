@@ -102,10 +102,12 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.coda_prompt",
         "evolora.methods.d_mole",
         "evolora.methods.delo",
+        "evolora.methods.dyn_mole",
         "evolora.methods.l2p",
         "evolora.methods.map",
         "evolora.methods.moe_adapters",
         "evolora.methods.moe_lora",
+        "evolora.methods.moe_cl",
         "evolora.methods.rebq",
     ),
 )

@@ -152,8 +152,13 @@ def test_sites_are_the_linears_of_every_tower(backbone: ImageText) -> None:
         backbone.sites("linear", target_modules=["q_prj"])
     with pytest.raises(ConfigError, match="unknown tower 'text'"):
         backbone.sites("linear", towers=["text"], target_modules=["q_proj"])
-    with pytest.raises(ConfigError, match="at Linears only"):
+    with pytest.raises(ConfigError, match=r"as whole MLPs in the language tower; .* 'mlp'"):
         backbone.sites("mlp")
+    whole = backbone.sites("ffn", layers=[-1])
+    assert [(site.name, site.d_in, site.d_out) for site in whole] == [("language.1.ffn", 32, 32)]
+    assert whole[0].mlp is not None and whole[0].mlp.gate is not None
+    with pytest.raises(ConfigError, match=r"in the language tower; .* 'ffn' in .'vision'"):
+        backbone.sites("ffn", towers=["vision"])
 
 
 def test_llava_has_no_site_in_the_vision_block_that_is_never_read() -> None:

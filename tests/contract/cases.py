@@ -21,6 +21,7 @@ from evolora.methods.branch_lora import BranchLoRAConfig
 from evolora.methods.coda_prompt import CodaPromptConfig
 from evolora.methods.d_mole import DMoLEConfig
 from evolora.methods.delo import DeLoConfig
+from evolora.methods.dyn_mole import DynMoLEConfig
 from evolora.methods.er import ERConfig
 from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
@@ -29,6 +30,7 @@ from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
 from evolora.methods.map import MapConfig
 from evolora.methods.moe_adapters import MoEAdaptersConfig
+from evolora.methods.moe_cl import MoECLConfig
 from evolora.methods.moe_lora import MoELoRAConfig
 from evolora.methods.rebq import RebQConfig
 from evolora.methods.zero_shot import ZeroShotConfig
@@ -93,6 +95,7 @@ CASES = {
     # The first task uses both branches, so that both are frozen and it is retained exactly.
     "branch-lora": Case(config=BranchLoRAConfig(r=3, num_branches=2), retains=True, fresh=True),
     "delo": Case(config=DeLoConfig(num_factors=4, r=2), retains=True, fresh=True),
+    "dyn-mole": Case(config=DynMoLEConfig(r=3, num_experts=4)),
     "map": Case(config=MapConfig(prompt_length=6, layers_to_transform=(0, 1)), prompts=True),
     "rebq": Case(
         config=RebQConfig(components_per_task=3, prompt_length=4, layers_to_transform=(0, 1)),
@@ -104,6 +107,8 @@ CASES = {
         settings={"learning_rate": 3e-2},
     ),
     "l2p": Case(config=L2PConfig(pool_size=4, top_k=2, prompt_length=2), prompts=True),
+    # Of the first task, which is what is asked, there is nothing to tell it from.
+    "moe-cl": Case(config=MoECLConfig(r=3, discriminator_memory=4), dead=("discriminator.active",)),
     # All that a task used is frozen here, so that retention is exact; the paper freezes two.
     "moe-adapters": Case(
         # every used expert is frozen, so a new router starts on experts that are still zero

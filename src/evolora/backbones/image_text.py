@@ -28,6 +28,7 @@ from evolora.backbones.base import Batch, TextBackbone
 from evolora.backbones.blocks import (
     ALL_LINEAR,
     block_indices,
+    feed_forward_site,
     layer_statistics,
     linear_site,
     outputs_of,
@@ -40,6 +41,7 @@ from evolora.backbones.families import (
     VISION,
     blocks_of,
     family_of,
+    gated_mlp_of,
     linears_of,
     read_blocks,
 )
@@ -122,16 +124,23 @@ class ImageText(TextBackbone):
         layers: Sequence[int] | None = None,
         target_modules: Sequence[str] = (),
     ) -> list[Site]:
-        """Return Linear sites; a name is taken in every tower that has it, "all-linear" is all.
+        """Return Linear sites, or the language model's whole MLPs ("ffn").
+
+        The name of a Linear is taken in every tower that has it, "all-linear" is all.
 
         Raises:
             ConfigError: an unknown tower, a name that no chosen tower has, or another kind.
         """
+        self.check_towers(towers)
+        if kind == "ffn" and set(towers or (LANGUAGE,)) == {LANGUAGE}:
+            decoder = self.blocks(LANGUAGE)
+            places = block_indices(layers, len(decoder), LANGUAGE)
+            return [feed_forward_site(LANGUAGE, at, gated_mlp_of(decoder[at])) for at in places]
         if kind != "linear":
             raise ConfigError(
-                f"{type(self).__name__} has experts at Linears only; this method asks for {kind!r}"
+                f"{type(self).__name__} has experts at Linears, and as whole MLPs in the language "
+                f"tower; this method asks for {kind!r}" + (f" in {towers}" if towers else "")
             )
-        self.check_towers(towers)
         found: list[Site] = []
         known: set[str] = {ALL_LINEAR}
         for tower in [tower for tower in self.towers if towers is None or tower in towers]:
@@ -400,9 +409,11 @@ class ImageText(TextBackbone):
         of = {"image": images & real, "text": ~images & real}
         everywhere = torch.ones(len(batch), dtype=torch.bool, device=real.device)
         present = [batch.present.get(modality, everywhere) for modality in self.modalities]
+        given = batch.inputs["answer_ids"][:, :more] != NO_ANSWER
         return TokenSpans(
             {name: F.pad(where, (0, more)) for name, where in of.items()},
             torch.stack(present, dim=1),
+            answer=F.pad(given, (real.shape[1], more - given.shape[1])) if more else None,
         )
 
     def _place(self, batch: Batch, route: Route, more: int = 0) -> TokenSpans:

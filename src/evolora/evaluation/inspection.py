@@ -45,6 +45,8 @@ PARTS = {
     "vectors.": "class_vectors",
     "tuned.": "tuned_weights",
     "elastic.": "importance",
+    ".discriminator.": "discriminators",
+    ".memory.": "remembered_features",
 }
 """Mark in a tensor's name -> part it is counted under."""
 

@@ -138,15 +138,19 @@ class Route:
             return tokens[torch.arange(self.rows, device=tokens.device), self.summary]
         return tokens[:, 0] if self.summary == "first" else tokens.mean(dim=1)
 
-    def real(self, tokens: Tensor) -> Tensor | None:
+    def real(self, tokens: Tensor, *, answers: bool = False) -> Tensor | None:
         """Return (b, n) bool: positions of ``tokens`` (b, n, d) that hold the row's own sample.
 
-        Padding does not, nor do answers after a prompt. None: all positions do.
+        Padding does not; an answer that is learned does if ``answers`` count. None: all positions
+        do, as of images, whose patches all count, and of a later step of generation.
         """
-        if self.spans is not None:
+        n = tokens.shape[1]
+        if self.spans is not None and not answers:
             return self.spans.mask
+        if self.spans is not None:
+            return self.spans.real if self.spans.real.shape[1] == n else None
         if isinstance(self.summary, Tensor):  # a text, with padding behind its end
-            return torch.arange(tokens.shape[1], device=tokens.device) <= self.summary[:, None]
+            return torch.arange(n, device=tokens.device) <= self.summary.unsqueeze(1)
         return None
 
     def mean(self, tokens: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ class TokenRouter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the weights (b, n, e) of the experts for tokens (b, n, d); they sum to 1."""
         weight = self.weight.all()[0]
-        return torch.softmax(nn.functional.linear(x.to(weight.dtype), weight), dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = nn.functional.linear(x.to(weight.dtype), weight)
+        return torch.softmax(logits, dim=-1)
 
     def flops(self, tokens: int) -> int:
         """Return the FLOPs of ``tokens`` tokens."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from evolora.evaluation.tally import Evaluation
     from evolora.learner import Learner
     from evolora.methods.coda_prompt import CodaPromptConfig as CodaPrompt
+    from evolora.methods.d_mole import DMoLEConfig as DMoLE
     from evolora.methods.delo import DeLoConfig as DeLo
     from evolora.methods.er import ERConfig as ER
     from evolora.methods.ewc import EWCConfig as EWC
@@ -34,6 +35,7 @@ _PUBLIC = {
     "Answer": ("evolora.answering", "Answer"),
     "Evaluation": ("evolora.evaluation.tally", "Evaluation"),
     "CodaPrompt": ("evolora.methods.coda_prompt", "CodaPromptConfig"),
+    "DMoLE": ("evolora.methods.d_mole", "DMoLEConfig"),
     "DeLo": ("evolora.methods.delo", "DeLoConfig"),
     "ER": ("evolora.methods.er", "ERConfig"),
     "EWC": ("evolora.methods.ewc", "EWCConfig"),
@@ -60,6 +62,7 @@ __all__ = [
     "Allocation",
     "Answer",
     "CodaPrompt",
+    "DMoLE",
     "DeLo",
     "Evaluation",
     "FullFinetuning",

@@ -99,6 +99,7 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.ewc",
         "evolora.methods.er",
         "evolora.methods.coda_prompt",
+        "evolora.methods.d_mole",
         "evolora.methods.delo",
         "evolora.methods.l2p",
         "evolora.methods.map",

@@ -114,9 +114,14 @@ def test_an_answer_longer_than_the_limit_is_cut(backbone: ImageText) -> None:
     assert all(len(text.split()) <= 2 for text in texts)
 
 
+def all_features(backbone: ImageText, examples: list[Example]) -> dict[str, torch.Tensor]:
+    batch = backbone.collate(examples)
+    apart = backbone.base_results(batch, backbone.apart_features)
+    return {**backbone.encode_base(batch).features, **apart}
+
+
 def test_features_never_see_the_answer_and_miss_what_a_sample_lacks(backbone: ImageText) -> None:
-    batch = backbone.collate(samples())
-    features = backbone.encode_base(batch).features
+    features = all_features(backbone, samples())
     widths = backbone.feature_widths()
     assert {name: value.shape[-1] for name, value in features.items()} == widths
     missing = features["modalities"].isnan().all(dim=2)
@@ -124,11 +129,11 @@ def test_features_never_see_the_answer_and_miss_what_a_sample_lacks(backbone: Im
     lengths = features["modalities"].norm(dim=2)[~missing]
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
     other = [replace(example, label="blue blue blue") for example in samples()]
-    again = backbone.encode_base(backbone.collate(other)).features
+    again = all_features(backbone, other)
     for name, value in features.items():
         torch.testing.assert_close(value, again[name], equal_nan=True, atol=1e-5, rtol=1e-4)
     for row, example in enumerate(samples()):
-        alone = backbone.encode_base(backbone.collate([example])).features
+        alone = all_features(backbone, [example])
         for name, value in features.items():
             torch.testing.assert_close(
                 value[row], alone[name][0], equal_nan=True, atol=1e-4, rtol=1e-3

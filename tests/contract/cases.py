@@ -18,6 +18,7 @@ from evolora.backbones.clip import DualEncoder
 from evolora.experts.bank import GrowingStack
 from evolora.learner import Learner
 from evolora.methods.coda_prompt import CodaPromptConfig
+from evolora.methods.d_mole import DMoLEConfig
 from evolora.methods.delo import DeLoConfig
 from evolora.methods.er import ERConfig
 from evolora.methods.ewc import EWCConfig
@@ -30,9 +31,9 @@ from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.methods.rebq import RebQConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
-from evolora.routing.autoencoders import AutoEncoderTraining
+from evolora.routing.autoencoders import AutoEncoderTraining, UnitAutoEncoderTraining
 from evolora.routing.route import BASE
-from evolora.routing.selector import AutoEncoderSelectorConfig
+from evolora.routing.selector import AutoEncoderSelectorConfig, RecogniserConfig
 from evolora.training.config import TrainingConfig
 
 
@@ -76,6 +77,16 @@ CASES = {
     "er": Case(config=ERConfig(r=3, capacity=10)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
+    # Where gradients put experts is known only once data are there: every site has one here.
+    "d-mole": Case(
+        config=DMoLEConfig(
+            r=3,
+            allocation=None,
+            selector=RecogniserConfig(training=UnitAutoEncoderTraining(hidden=6, steps=60)),
+        ),
+        retains=True,
+        fresh=True,
+    ),
     "delo": Case(config=DeLoConfig(num_factors=4, r=2), retains=True, fresh=True),
     "map": Case(config=MapConfig(prompt_length=6, layers_to_transform=(0, 1)), prompts=True),
     "rebq": Case(

@@ -10,6 +10,7 @@ import torch
 from evolora.errors import RouteError
 from evolora.randomness import StepRandom
 from evolora.routing.route import BASE, Route
+from evolora.routing.selection import Selection
 
 
 def test_uniform_routes() -> None:
@@ -48,3 +49,31 @@ def test_summaries() -> None:
 def test_a_route_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Route.of(0, 2).uniform = 1  # type: ignore[misc]
+
+
+def test_a_second_task_helps_some_rows() -> None:
+    route = Route(torch.tensor([2, BASE, 2]), uniform=None, helpers=torch.tensor([0, BASE, BASE]))
+    assert route.active.tolist() == [0, 2]
+    assert route.of_active.helpers is not None and route.of_active.helpers.tolist() == [0, BASE]
+    assert Route.of(2, 3).alone == 2
+    helped = Route(torch.tensor([2, 2]), uniform=2, helpers=torch.tensor([BASE, 1]))
+    assert helped.everybody and helped.alone is None, "a helper's experts may stand lower"
+
+
+def test_a_selection_is_given_in_three_ways_and_settled_by_one_look() -> None:
+    one = Selection.of(3, 2)
+    assert one.tasks.tolist() == [3, 3] and one.uniform == 3
+    rows = Selection.of(torch.tensor([1, BASE]), 2)
+    assert rows.uniform is None and rows.pairs() == [(BASE, BASE), (1, BASE)]
+    nobody = Selection(tasks=torch.tensor([1, 1]), helpers=torch.tensor([BASE, BASE])).settled()
+    assert nobody.uniform == 1 and nobody.helpers is None
+    helped = Selection(
+        tasks=torch.tensor([1, 1, 2]),
+        helpers=torch.tensor([0, BASE, 0]),
+        scores=torch.rand(3, 3),
+    )
+    assert helped.settled().uniform is None and helped.settled().helpers is not None
+    assert helped.pairs() == [(1, BASE), (1, 0), (2, 0)]
+    part = helped.take(torch.tensor([0, 1])).settled()
+    assert part.uniform == 1 and part.helpers is not None and part.helpers.tolist() == [0, BASE]
+    assert part.scores is not None and part.scores.shape == (2, 3)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolora.errors import ConfigError
+from evolora.errors import ConfigError, unknown_name
 from evolora.experts.prompts import PromptSite
 from evolora.experts.sites import Site, SiteKind
 
@@ -38,6 +38,9 @@ VILT_LINEARS = {
 }
 """The same for a block of ViLT. Of two names for one Linear, the first names its site."""
 
+ALL_LINEAR = "all-linear"
+"""Target module that stands for every Linear of a block."""
+
 ENTRIES = ("layernorm_before", "layer_norm1", "input_layernorm", "norm1")
 """What a block calls its first norm: ViLT and InternVL, CLIP and SigLIP, decoders, Qwen-VL."""
 
@@ -59,6 +62,18 @@ def block_indices(layers: Sequence[int] | None, depth: int, tower: str) -> list[
             f"(allowed: {-depth} to {depth - 1}, negative from the top)"
         )
     return sorted({layer % depth for layer in layers})
+
+
+def named_linears(targets: Sequence[str], linears: Mapping[str, str]) -> list[str]:
+    """Return the names of the wanted Linears, of those that a block has.
+
+    Raises:
+        ConfigError: a name that it does not have.
+    """
+    for target in targets:
+        if target not in linears and target != ALL_LINEAR:
+            raise unknown_name("target module", target, (*linears, ALL_LINEAR))
+    return list(linears if ALL_LINEAR in targets else targets)
 
 
 def block_sites(

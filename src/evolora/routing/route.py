@@ -23,6 +23,8 @@ class Route:
     Args:
         tasks: (b,) int64 task index per row, or :data:`BASE`.
         uniform: the one task of all rows when it is known, so that no tensor must be read back.
+        helpers: (b,) a second task whose experts are added to those of the row's own, or
+            :data:`BASE` for none; a row of the base has none. None: no row has one.
         summary: where the vector that speaks for a row is found in a (b, n, d) sequence: "first"
             token, "mean" over tokens, or a (b,) index per row (a text's end token).
         random: randomness of a training step; None outside training (nothing is drawn then).
@@ -34,6 +36,7 @@ class Route:
 
     tasks: Tensor
     uniform: int | None = None
+    helpers: Tensor | None = None
     summary: str | Tensor = "first"
     random: StepRandom | None = None
     spans: Spans | TokenSpans | None = None
@@ -65,6 +68,11 @@ class Route:
         return torch.nonzero(self.tasks != BASE).squeeze(1)
 
     @property
+    def alone(self) -> int | None:
+        """The one task whose experts, without a helper's, answer all rows, when it is known."""
+        return self.uniform if self.helpers is None else None
+
+    @property
     def nobody(self) -> bool:
         """True when the base answers every row, so that no expert code may run."""
         return self.uniform == BASE if self.uniform is not None else self.active.numel() == 0
@@ -86,8 +94,15 @@ class Route:
         summary = self.summary if isinstance(self.summary, str) else self.summary[rows]
         spans = None if self.spans is None else self.spans.take(rows)
         queries = None if self.queries is None else self.queries[rows]
-        tasks = self.tasks[rows]
-        return replace(self, tasks=tasks, summary=summary, spans=spans, queries=queries)
+        helpers = None if self.helpers is None else self.helpers[rows]
+        return replace(
+            self,
+            tasks=self.tasks[rows],
+            helpers=helpers,
+            summary=summary,
+            spans=spans,
+            queries=queries,
+        )
 
     def summarize(self, tokens: Tensor) -> Tensor:
         """Return the vector (b, d) that speaks for each row of ``tokens`` (b, n, d)."""

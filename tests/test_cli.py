@@ -98,6 +98,17 @@ def test_inspect_counts_the_baseline_of_instruction_tuning() -> None:
     assert found["tasks"] == 9 and set(found["trainable"]) == {5_505_024}
 
 
+def test_inspect_counts_d_mole_on_its_benchmark() -> None:
+    found = json.loads(evolora("inspect", "configs/d_mole/cmit.yaml", "--json", cwd=ROOT).stdout)
+    assert found["totals"]["autoencoder"] == 789_632
+    assert found["parameters"]["autoencoders"] == 9 * 789_632
+    for task, trainable in zip(found["allocation"]["tasks"], found["trainable"], strict=True):
+        blocks = {name.rpartition(".")[0] for name in task["experts"]}
+        language = sum(block.startswith("language") for block in blocks)
+        assert len(blocks) == 24
+        assert trainable == 789_632 + 3_145_728 + 196_608 * language  # 5,505,024 where it is 12
+
+
 def test_metrics_of_a_csv_and_an_npy(tmp_path: Path) -> None:
     matrix = np.array([[0.5, 0.4], [0.3, 0.9]])
     np.save(tmp_path / "m.npy", matrix)

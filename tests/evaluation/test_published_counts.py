@@ -80,11 +80,10 @@ def test_attention_alone_gives_the_candidates_of_d_moles_code() -> None:
     assert sum(by_size[:48]) == 1_966_080  # 24 wqkv, then what has 32,768: wo and qkv
 
 
-def test_an_auto_encoder_on_both_towers_of_internvl2_has_the_published_size() -> None:
-    config: Any = shape(INTERNVL2).config  # type: ignore[attr-defined]
-    width = config.vision_config.hidden_size + config.text_config.hidden_size
+def test_what_d_mole_routes_by_is_as_wide_as_both_towers() -> None:
+    width = shape(INTERNVL2).feature_widths()["max-pooled"]
     assert width == 3072
-    bank = AutoEncoderBank(width, 128, "sigmoid", device="meta")
+    bank = AutoEncoderBank(width, 128, "unit", device="meta")
     assert bank.parameters_per_task() == 789_632
 
 

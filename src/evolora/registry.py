@@ -121,6 +121,7 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.own_data",
         "evolora.streams.image_text",
         "evolora.streams.conversations",
+        "evolora.streams.published_instructions",
         "evolora.streams.cmml",
     ),
 )

@@ -72,6 +72,9 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ConfigError: it is of none, or has no head that writes.
     """
+    own = getattr(model, "family", None)
+    if isinstance(own, Family):  # a model of a shape table
+        return own
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
     if kind not in FAMILIES:
         raise ConfigError(

@@ -88,22 +88,24 @@ def load(
     by_task: dict[str, list[Asked]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
-    for name in [*(order or ()), *_named(metric), *_named(max_new_tokens)]:
+    for name in [*(order or ()), *named_tasks(metric), *named_tasks(max_new_tokens)]:
         if name not in by_task:
             raise unknown_name("task", name, by_task)
     tasks = []
     for name in order or by_task:
         splits = _split(name, by_task[name], (test_fraction, val_fraction), seed)
-        data = {part: Conversations(_limited(own, limit, seed, name, part)) for part, own in splits}
+        data = {
+            part: Conversations(limited_rows(own, limit, seed, name, part)) for part, own in splits
+        }
         tasks.append(
             Task(
                 name=name,
                 train=data["train"],
                 val=data["val"],
                 test=data["test"],
-                labels=LabelSpace.of_texts(_of(max_new_tokens, name, MAX_NEW_TOKENS)),
+                labels=LabelSpace.of_texts(setting_of(max_new_tokens, name, MAX_NEW_TOKENS)),
                 modalities=("image", "text"),
-                metric=_of(metric, name, "exact-match"),
+                metric=setting_of(metric, name, "exact-match"),
             )
         )
     return Stream(name="conversations", tasks=tuple(tasks), source=f"{base} ({len(rows)} answers)")
@@ -151,19 +153,21 @@ def _split(
     return list(parts.items())
 
 
-def _limited(
+def limited_rows(
     rows: Sequence[Asked], limit: int | None, seed: int, name: str, part: str
 ) -> tuple[Asked, ...]:
+    """Return the rows, or at most ``limit`` of them, chosen by the seed, in their order."""
     if limit is None or len(rows) <= limit:
         return tuple(rows)
     order = torch.randperm(len(rows), generator=generator(seed, f"{name}/{part}/limit"))
     return tuple(rows[place] for place in sorted(order[:limit].tolist()))
 
 
-def _named(option: Any) -> Sequence[str]:
+def named_tasks(option: Any) -> Sequence[str]:
+    """Return the tasks that a setting names."""
     return list(option) if isinstance(option, Mapping) else []
 
 
-def _of(option: Any, name: str, default: Any) -> Any:
+def setting_of(option: Any, name: str, default: Any) -> Any:
     """Return a setting of one task, given for all or by name."""
     return option.get(name, default) if isinstance(option, Mapping) else option

@@ -98,6 +98,7 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.lora",
         "evolora.methods.ewc",
         "evolora.methods.er",
+        "evolora.methods.branch_lora",
         "evolora.methods.coda_prompt",
         "evolora.methods.delo",
         "evolora.methods.dyn_mole",
@@ -105,6 +106,7 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.map",
         "evolora.methods.moe_adapters",
         "evolora.methods.moe_cl",
+        "evolora.methods.moe_lora",
         "evolora.methods.rebq",
     ),
 )

@@ -17,6 +17,7 @@ from evolora.backbones.base import Batch
 from evolora.backbones.clip import DualEncoder
 from evolora.experts.bank import GrowingStack
 from evolora.learner import Learner
+from evolora.methods.branch_lora import BranchLoRAConfig
 from evolora.methods.coda_prompt import CodaPromptConfig
 from evolora.methods.delo import DeLoConfig
 from evolora.methods.dyn_mole import DynMoLEConfig
@@ -29,6 +30,7 @@ from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialL
 from evolora.methods.map import MapConfig
 from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.methods.moe_cl import MoECLConfig
+from evolora.methods.moe_lora import MoELoRAConfig
 from evolora.methods.rebq import RebQConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
@@ -78,6 +80,9 @@ CASES = {
     "er": Case(config=ERConfig(r=3, capacity=10)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
+    "moe-lora": Case(config=MoELoRAConfig(r=6, num_experts=3, lora_alpha=12.0, lora_dropout=0.1)),
+    # The first task uses both branches, so that both are frozen and it is retained exactly.
+    "branch-lora": Case(config=BranchLoRAConfig(r=3, num_branches=2), retains=True, fresh=True),
     "delo": Case(config=DeLoConfig(num_factors=4, r=2), retains=True, fresh=True),
     "dyn-mole": Case(config=DynMoLEConfig(r=3, num_experts=4)),
     "map": Case(config=MapConfig(prompt_length=6, layers_to_transform=(0, 1)), prompts=True),

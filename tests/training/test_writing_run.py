@@ -13,8 +13,10 @@ from tests.backbones.writers import writer
 from evolora.config import parse_config
 from evolora.evaluation.inspection import inspect_config
 from evolora.learner import Learner
+from evolora.methods.branch_lora import BranchLoRAConfig
 from evolora.methods.dyn_mole import DynMoLEConfig
 from evolora.methods.moe_cl import MoECLConfig
+from evolora.methods.moe_lora import MoELoRAConfig
 from evolora.training.continual import ContinualRun
 
 
@@ -48,7 +50,9 @@ def run_of(tmp_path: Path) -> Any:
             "evaluation": {"batch_size": 3},
         }
     )  # fmt: skip
-    return lambda: ContinualRun(config, tmp_path / "run")
+    return lambda method=None: ContinualRun(
+        config if method is None else replace(config, method=method), tmp_path / "run"
+    )
 
 
 def test_the_cost_of_a_run_is_counted_on_shapes(run_of: Any, tmp_path: Path) -> None:
@@ -82,15 +86,38 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
 @pytest.mark.parametrize(
     "method",
     [
+        MoELoRAConfig(r=8, num_experts=4, lora_alpha=16.0, target_modules=("all-linear",)),
+        BranchLoRAConfig(r=4, lora_alpha=16.0, num_branches=3, target_modules=("all-linear",)),
+    ],
+    ids=lambda method: method.type,
+)
+def test_mixtures_of_experts_run_end_to_end(method: Any, run_of: Any, tmp_path: Path) -> None:
+    matrix = run_of(method).run()
+    assert matrix.baseline is not None
+    assert matrix.values[0, 0] == 1.0 and matrix.values[1, 1] > matrix.baseline[1]
+    again = run_of(method).run(resume=True)
+    assert (again.values == matrix.values).all()
+    learner = Learner.from_pretrained(tmp_path / "run")
+    assert learner.method.config == method
+    answer = learner.predict(texts="green ? what is it ?")[0]
+    assert answer.label.startswith(("this is it", "red dot"))
+    cost = inspect_config(run_of(method).config)
+    assert set(cost.parameters) == {"experts", "gates"}
+    history = json.loads((tmp_path / "run" / "run.json").read_text())["history"]
+    assert cost.trainable[0] == history[0]["trainable_parameters"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
         DynMoLEConfig(r=4, lora_alpha=8.0, num_experts=3, target_modules=("all-linear",)),
         MoECLConfig(r=4, discriminator_memory=4),
     ],
     ids=lambda method: method.type,
 )
-def test_a_run_of_a_mixture_learns_and_resumes(run_of: Any, tmp_path: Path, method: Any) -> None:
-    config = replace(run_of().config, method=method)
-    counted = inspect_config(config)
-    run = ContinualRun(config, tmp_path / "mixture")
+def test_what_a_mixture_stores_is_counted_before(method: Any, run_of: Any, tmp_path: Path) -> None:
+    run = run_of(method)
+    counted = inspect_config(run.config)
     matrix = run.run()
     assert matrix.baseline is not None and matrix.baseline.tolist() == [0.0, 0.0]
     assert matrix.values[0, 0] == 1.0 and matrix.values[1, 1] > 1.0
@@ -99,9 +126,9 @@ def test_a_run_of_a_mixture_learns_and_resumes(run_of: Any, tmp_path: Path, meth
         for name, tensor in run.learner.method.stored().items()
         if tensor.is_floating_point() and not name.startswith("selector.")
     )
-    again = ContinualRun(config, tmp_path / "mixture").run(resume=True)
+    again = run_of(method).run(resume=True)
     assert (again.values == matrix.values).all()
-    learner = Learner.from_pretrained(tmp_path / "mixture")
+    learner = Learner.from_pretrained(tmp_path / "run")
     answer = learner.predict(texts="green ? what is it ?")[0]
     known = learner.method.routing == "task-free"
     assert answer.task in ("captions", "colours") if known else answer.label

@@ -49,7 +49,7 @@ from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom, derive_seed
 from evolora.registry import BACKBONES
-from evolora.routing.route import Route
+from evolora.routing.route import Decisions, Route
 from evolora.routing.spans import TokenSpans
 from evolora.streams.task import Example
 
@@ -232,18 +232,21 @@ class ImageText(TextBackbone):
     @torch.no_grad()
     def write(self, batch: Batch, route: Route, max_new_tokens: int) -> list[str]:
         """Return the answer of each row, greedy; it ends at an end token or at the limit."""
-        self._place(batch, route)
+        self._place(batch, replace(route, decisions=Decisions()))
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
         ends = self._end_tokens
-        tokens: Tensor = self.call(
-            self._generate,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self._padding,
-            eos_token_id=ends,
-            **self._model_inputs(batch, ids, mask, positions=False),
-        )
+        try:
+            tokens: Tensor = self.call(
+                self._generate,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self._padding,
+                eos_token_id=ends,
+                **self._model_inputs(batch, ids, mask, positions=False),
+            )
+        finally:  # what was decided is of this generation
+            self._place(batch, route)
         texts = []
         for row in tokens[:, ids.shape[1] :].tolist():
             end = next((place for place, token in enumerate(row) if token in ends), len(row))

@@ -37,6 +37,8 @@ PARTS = {
     "/answer.": "prompts",
     "/pooler.": "tuned_weights",
     ".bank.": "experts",
+    ".trunk.": "experts",
+    ".router.": "gates",
     ".routers.": "gates_and_noise",
     ".pools.": "adapters",
     "heads.": "heads",

@@ -214,14 +214,10 @@ class ExpertBank(nn.Module):
         A is Kaiming-uniform with a = sqrt(5): uniform in +-1/sqrt(d_in); with ``std`` it is normal
         of that deviation. B and biases are zero.
         """
-        device = self.A.active.device
-        rows = torch.empty(count, self.r, self.d_in, device=device)
-        if device.type != "meta":
-            rows = _drawn((count, self.r, self.d_in), generator, std).to(device)
         first = len(self)
-        self.A.grow(rows)
+        self.A.grow(fresh_rows(count, self.A, generator, std=std))
         for stack in self.stacks()[1:]:
-            stack.grow(torch.zeros(count, *stack.shape, device=device))
+            stack.grow(torch.zeros(count, *stack.shape, device=stack.active.device))
         return list(range(first, first + count))
 
     def freeze(self, ids: Iterable[int]) -> None:
@@ -284,12 +280,25 @@ class ExpertBank(nn.Module):
         return sum(math.prod(stack.shape) for stack in self.stacks())
 
 
-def _drawn(shape: tuple[int, ...], generator: torch.Generator | None, std: float | None) -> Tensor:
-    """Return what a Linear with inputs of the last axis starts from, or normal values."""
+def fresh_rows(
+    count: int,
+    stack: GrowingStack,
+    generator: torch.Generator | None = None,
+    *,
+    std: float | None = None,
+) -> Tensor:
+    """Return new rows (count, *shape) for a stack of Linears' weights (..., d_in).
+
+    They are drawn as a Linear's are, uniform in +-1/sqrt(d_in), or normal of deviation ``std``. On
+    the meta device nothing is drawn.
+    """
+    shape, device = (count, *stack.shape), stack.active.device
+    if device.type == "meta":
+        return torch.empty(shape, device=device)
     if std is not None:
-        return torch.randn(shape, generator=generator) * std
+        return (torch.randn(shape, generator=generator) * std).to(device)
     bound = 1.0 / math.sqrt(shape[-1])
-    return torch.rand(shape, generator=generator) * 2 * bound - bound
+    return (torch.rand(shape, generator=generator) * 2 * bound - bound).to(device)
 
 
 def _gather(rows: Tensor, places: Tensor) -> Tensor:

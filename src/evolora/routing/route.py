@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,26 @@ from evolora.routing.spans import Spans, TokenSpans
 
 BASE = -1
 """Task index that means: no expert runs, the untouched base model answers."""
+
+T = TypeVar("T")
+
+
+class Decisions:
+    """What gates decided on a prompt, kept for the tokens that are written after it.
+
+    A model that writes runs its later tokens without the prompt. There is one such object for each
+    generation, in its route, and it goes with it.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def once(self, key: str, decide: Callable[[], T]) -> T:
+        """Return what ``decide`` returned when it was first asked under this key."""
+        if key not in self._made:
+            self._made[key] = decide()
+        found: T = self._made[key]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +52,7 @@ class Route:
         queries: (b, m, q) descriptor of each modality of the row, for gates that read the same one
             at every site; None where they read hidden states.
         stage: which of a method's passes over the samples this is; "" is the one that answers.
+        decisions: those made on a prompt that is being answered; None where a row is run once.
     """
 
     tasks: Tensor
@@ -39,6 +62,7 @@ class Route:
     spans: Spans | TokenSpans | None = None
     queries: Tensor | None = None
     stage: str = ""
+    decisions: Decisions | None = None
 
     @classmethod
     def of(
@@ -99,16 +123,34 @@ class Route:
             return tokens[torch.arange(self.rows, device=tokens.device), self.summary]
         return tokens[:, 0] if self.summary == "first" else tokens.mean(dim=1)
 
-    def real_tokens(self, tokens: Tensor) -> Tensor | None:
-        """Return which tokens of (b, n, d) are no padding, (b, n) bool; None if all count.
+    def real(self, tokens: Tensor, *, answers: bool = False) -> Tensor | None:
+        """Return (b, n) bool: positions of ``tokens`` (b, n, d) that hold the row's own sample.
 
-        A causal text ends at its summary token. Of images, whose patches all count, and of a later
-        step of generation, which sees one token, nothing is known and nothing is padding.
+        Padding does not, nor do answers after a prompt, unless they are wanted too. None: all
+        positions do.
         """
-        n = tokens.shape[1]
         if self.spans is not None:
-            real = self.spans.real
-            return real if real.shape[1] == n else None
-        if isinstance(self.summary, Tensor):
-            return torch.arange(n, device=tokens.device) <= self.summary.unsqueeze(1)
+            return self.spans.real if answers else self.spans.mask
+        if isinstance(self.summary, Tensor):  # a text, with padding behind its end
+            return torch.arange(tokens.shape[1], device=tokens.device) <= self.summary[:, None]
         return None
+
+    def mean(self, tokens: Tensor, *, answers: bool = False) -> Tensor:
+        """Return the mean (b, d) of the tokens of each row that are its sample's own."""
+        real = self.real(tokens, answers=answers)
+        if real is None:
+            return tokens.mean(dim=1)
+        weights = real.to(tokens.dtype)
+        total = torch.bmm(weights.unsqueeze(1), tokens).squeeze(1)
+        return total / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
+
+    def first(self, tokens: Tensor) -> Tensor:
+        """Return the first token (b, d) of each row that is its sample's own."""
+        real = self.real(tokens)
+        if real is None:
+            return tokens[:, 0]
+        return tokens[torch.arange(len(tokens), device=tokens.device), real.int().argmax(dim=1)]
+
+    def once(self, key: str, decide: Callable[[], T]) -> T:
+        """Return what a gate decides; on a prompt that is being answered it is asked once."""
+        return decide() if self.decisions is None else self.decisions.once(key, decide)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from evolora.experts.bank import GrowingStack
+from evolora.experts.bank import GrowingStack, fresh_rows
 
 
 class TokenRouter(nn.Module):
@@ -27,13 +25,7 @@ class TokenRouter(nn.Module):
 
     def grow(self, draw: torch.Generator) -> None:
         """Make its weights, as a Linear's are: uniform in +-1/sqrt(d)."""
-        device = self.weight.active.device
-        rows = torch.empty(1, self.experts, self.d, device=device)
-        if device.type != "meta":
-            bound = 1.0 / math.sqrt(self.d)
-            drawn = torch.rand(1, self.experts, self.d, generator=draw)
-            rows = (drawn * 2 * bound - bound).to(device)
-        self.weight.grow(rows)
+        self.weight.grow(fresh_rows(1, self.weight, draw))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the weights (b, n, e) of the experts for tokens (b, n, d); they sum to 1."""

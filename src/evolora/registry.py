@@ -106,8 +106,8 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.l2p",
         "evolora.methods.map",
         "evolora.methods.moe_adapters",
-        "evolora.methods.moe_lora",
         "evolora.methods.moe_cl",
+        "evolora.methods.moe_lora",
         "evolora.methods.rebq",
     ),
 )

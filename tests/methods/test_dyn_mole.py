@@ -30,7 +30,7 @@ def layer_of(config: DynMoLEConfig, d_in: int = 4, d_out: int = 3) -> DynMoLELay
     )  # fmt: skip
     layer = DynMoLELayer(site, config, torch.device("cpu"))
     layer.bank.grow(config.num_experts, generator(0))
-    layer.routers.grow(generator(1))
+    layer.router.grow(generator(1))
     return layer
 
 
@@ -41,8 +41,8 @@ def test_a_sure_token_is_answered_by_two_experts_and_an_unsure_one_by_all() -> N
     with torch.no_grad():
         disturb(layer)
         # the token e_i has the router's column i as its logits
-        layer.routers.weight.active.zero_()
-        layer.routers.weight.active[0, :, :2] = chances.log().T
+        layer.router.weight.active.zero_()
+        layer.router.weight.active[0, :, :2] = chances.log().T
         x = torch.eye(4)[None, :2]
         out = layer(x, torch.zeros(1, 2, 3), Route.of(0, 1))
         a, b = layer.bank.A.active, layer.bank.B.active
@@ -65,7 +65,7 @@ def test_the_loss_has_balance_and_entropy_of_real_tokens() -> None:
     seen: dict[str, Tensor] = {}
     for key, layer in method.layers.items():
         assert isinstance(layer, DynMoLELayer)
-        layer.routers.register_forward_hook(lambda _, __, out, key=key: seen.update({key: out}))
+        layer.router.register_forward_hook(lambda _, __, out, key=key: seen.update({key: out}))
     terms = method(batch)
     real = torch.cat(
         [batch.inputs["attention_mask"].bool(), batch.inputs["answer_ids"] != -100], dim=1
@@ -111,8 +111,8 @@ def test_prompts_of_classes_end_at_their_end_token() -> None:
     summary = backbone.text_summary(prompts["input_ids"])
     route = replace(Route.of(0, 2), summary=summary)
     states = torch.zeros(*prompts["input_ids"].shape, 3)
-    assert torch.equal(route.real(states, answers=True), prompts["attention_mask"].bool())
-    assert Route.of(0, 2).real(states, answers=True) is None
+    assert torch.equal(route.real(states), prompts["attention_mask"].bool())
+    assert Route.of(0, 2).real(states) is None
 
 
 def test_a_step_without_a_tower_uses_no_terms_of_the_step_before() -> None:

@@ -73,9 +73,9 @@ def test_the_golden_mixture_of_a_shared_and_a_task_expert() -> None:
             bank: Any = layer.bank[name]
             bank.A.active.fill_(1.0)
             bank.B.active.copy_(torch.tensor([shared, own]).view(2, 1, 1))
-        layer.routers.weight.active.copy_(torch.tensor([[[0.0], [math.log(3.0)]]]))
+        layer.router.weight.active.copy_(torch.tensor([[[0.0], [math.log(3.0)]]]))
         # shared: 3 * (2 - 1) = 3 ; own: (3 - 4/3) * (2 + 1) = 5
-        assert layer.routers(x).flatten().tolist() == pytest.approx([0.25, 0.75])
+        assert layer.router(x).flatten().tolist() == pytest.approx([0.25, 0.75])
         assert mlp(x).item() == pytest.approx(4.5)
         rows = torch.tensor([0, BASE, 0])
         host.set_route("language", Route(rows))
@@ -123,7 +123,7 @@ def test_the_discriminator_lowers_its_loss_and_the_shared_expert_raises_it() -> 
         assert parameter.grad is not None
         assert bool(parameter.grad[0].abs().sum() > 0)
         assert not bool(parameter.grad[1].any())  # the task's own, and the gate, are not judged
-    assert layer.routers.weight.active.grad is None
+    assert layer.router.weight.active.grad is None
 
 
 def test_a_lower_task_expert_is_reached_through_the_layers_above() -> None:
@@ -344,7 +344,7 @@ def test_llama_2_7b_has_362496_values_per_expert_and_layer() -> None:
     of_one = sum(bank.parameters_per_expert() for bank in layer.banks())
     assert of_one == 362_496 and round(32 * of_one / 1e6, 1) == 11.6
     assert sum(p.numel() for bank in layer.banks() for p in bank.parameters()) == 5 * 362_496
-    assert layer.routers.weight.active.shape == (1, 2, 4096)
+    assert layer.router.weight.active.shape == (1, 2, 4096)
     assert layer.discriminator is not None and layer.discriminator.active.shape == (4, 4096)
 
 

@@ -93,10 +93,9 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     ],
     ids=lambda method: method.type,
 )
-def test_a_run_of_a_mixture_learns_and_resumes(run_of: Any, tmp_path: Path, method: Any) -> None:
-    config = replace(run_of().config, method=method)
-    counted = inspect_config(config)
-    run = ContinualRun(config, tmp_path / "mixture")
+def test_what_a_mixture_stores_is_counted_before(method: Any, run_of: Any, tmp_path: Path) -> None:
+    run = run_of(method)
+    counted = inspect_config(run.config)
     matrix = run.run()
     assert matrix.baseline is not None and matrix.baseline.tolist() == [0.0, 0.0]
     assert matrix.values[0, 0] == 1.0 and matrix.values[1, 1] > 1.0
@@ -105,9 +104,9 @@ def test_a_run_of_a_mixture_learns_and_resumes(run_of: Any, tmp_path: Path, meth
         for name, tensor in run.learner.method.stored().items()
         if tensor.is_floating_point() and not name.startswith("selector.")
     )
-    again = ContinualRun(config, tmp_path / "mixture").run(resume=True)
+    again = run_of(method).run(resume=True)
     assert (again.values == matrix.values).all()
-    learner = Learner.from_pretrained(tmp_path / "mixture")
+    learner = Learner.from_pretrained(tmp_path / "run")
     answer = learner.predict(texts="green ? what is it ?")[0]
     known = learner.method.routing == "task-free"
     assert answer.task in ("captions", "colours") if known else answer.label

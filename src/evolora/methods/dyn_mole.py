@@ -107,13 +107,13 @@ class DynMoLELayer(ExpertLayer):
         self.name, self.config = site.name, config
         scale = config.lora_alpha / config.r
         self.bank = ExpertBank(site.d_in, site.d_out, config.r, scale=scale, device=device)
-        self.routers = TokenRouter(site.d_in, config.num_experts, device=device)
+        self.router = TokenRouter(site.d_in, config.num_experts, device=device)
         self.terms: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
         """Return out plus the experts that each token asks."""
         config = self.config
-        probabilities = self.routers(x)
+        probabilities = self.router(x)
         entropy = tsallis_entropy(probabilities, config.tsallis_q)
         gates = entropy_gates(
             probabilities,
@@ -141,7 +141,7 @@ class DynMoLELayer(ExpertLayer):
 
     def flops(self, tokens: int) -> int:
         """Return the extra FLOPs of one row of ``tokens`` tokens: its router and all experts."""
-        return self.routers.flops(tokens) + self.bank.flops(tokens, self.config.num_experts)
+        return self.router.flops(tokens) + self.bank.flops(tokens, self.config.num_experts)
 
 
 @METHODS.register(
@@ -173,7 +173,7 @@ class DynMoLE(Method):
             assert isinstance(layer, DynMoLELayer)
             draw = generator(self.seed, key)
             layer.bank.grow(self.config.num_experts, draw)
-            layer.routers.grow(draw)
+            layer.router.grow(draw)
 
     def expert_task(self, task: int) -> int:
         """All tasks are routed as one."""

@@ -28,7 +28,6 @@ Class prompts of a dual encoder are no samples: its text tower has the experts b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -40,7 +39,7 @@ from torch.nn import functional as F
 from evolora.allocation.sample import TaskSamples
 from evolora.backbones.base import Backbone, Batch, TextBackbone
 from evolora.errors import ConfigError
-from evolora.experts.bank import ExpertBank, GrowingStack
+from evolora.experts.bank import ExpertBank, GrowingStack, fresh_rows
 from evolora.experts.feed_forward import Projected
 from evolora.experts.mixing import mix
 from evolora.experts.sites import FeedForwardLayer, Site
@@ -142,7 +141,7 @@ class MoECLLayer(FeedForwardLayer):
                 if linear is not None
             }
         )
-        self.routers = TokenRouter(site.d_in, 2, device=device)
+        self.router = TokenRouter(site.d_in, 2, device=device)
         self.discriminator = GrowingStack(site.d_out, device=device) if judged else None
         rows = config.discriminator_memory
         remembers = judged and rows > 0
@@ -153,9 +152,9 @@ class MoECLLayer(FeedForwardLayer):
         """Return (mixture of both experts' hidden states, those of either, gates (b, n, 2))."""
         shared = self._activated(seen, SHARED, route)
         own = self._activated(seen, self._own(route), route)
-        gates = self.routers(seen.x)
+        gates = self.router(seen.x)
         if self.discriminator is not None and (route.random is not None or route.stage == REVIEW):
-            self.pooled = (self._pool(seen.x, shared, route), route.tasks)
+            self.pooled = (self._pool(shared, route), route.tasks)
         # g_0 + g_1 = 1, and where both experts agree the sum is exactly what they agree on.
         mixed = shared + gates[..., 1:].to(shared.dtype) * (own - shared)
         return mixed, shared, own, gates
@@ -171,7 +170,7 @@ class MoECLLayer(FeedForwardLayer):
     def flops(self, tokens: int) -> int:
         """Return the extra FLOPs of one row of ``tokens`` tokens: two experts and the gate."""
         experts = sum(bank.flops(tokens, 2) for bank in self.banks())
-        return experts + self.routers.flops(tokens)
+        return experts + self.router.flops(tokens)
 
     def banks(self) -> list[ExpertBank]:
         """Return the banks of the MLP's Linears."""
@@ -182,14 +181,12 @@ class MoECLLayer(FeedForwardLayer):
         for bank in self.banks():
             bank.grow(2 if task == 0 else 1, draw)
         if task == 0:
-            self.routers.grow(draw)
+            self.router.grow(draw)
         if self.discriminator is None:
             return
         new = max(task + 1, self.config.num_tasks or 0) - len(self.discriminator)
         if new > 0:
-            width = self.discriminator.shape[0]
-            rows = torch.rand(new, width, generator=draw, device="cpu") * 2 - 1
-            self.discriminator.grow(rows / math.sqrt(width))
+            self.discriminator.grow(fresh_rows(new, self.discriminator, draw))
 
     def adversary(self, task: int) -> Tensor | None:
         """Return the discriminator's loss on the rows that ran last and on those it remembers.
@@ -271,17 +268,12 @@ class MoECLLayer(FeedForwardLayer):
             inplace=part == "down",
         )
 
-    def _pool(self, x: Tensor, shared: Tensor, route: Route) -> Tensor:
+    def _pool(self, shared: Tensor, route: Route) -> Tensor:
         """Return the mean (b, d) over real tokens of the shared expert's output.
 
         W2 is linear, so it is that of the mean; no dropout is drawn for it.
         """
-        real = route.real(x, answers=True)
-        if real is None:
-            mean = shared.mean(dim=1, keepdim=True)
-        else:
-            weights = real.to(shared.dtype) / real.sum(dim=1, keepdim=True)
-            mean = weights.to(shared.dtype).unsqueeze(1) @ shared
+        mean = route.mean(shared, answers=True).unsqueeze(1)
         bank = self.bank["down"]
         assert isinstance(bank, ExpertBank)
         return mix(self.mlp.project(mean), mean, bank, SHARED).squeeze(1).float()

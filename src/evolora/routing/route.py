@@ -141,21 +141,18 @@ class Route:
     def real(self, tokens: Tensor, *, answers: bool = False) -> Tensor | None:
         """Return (b, n) bool: positions of ``tokens`` (b, n, d) that hold the row's own sample.
 
-        Padding does not; an answer that is learned does if ``answers`` count. None: all positions
-        do, as of images, whose patches all count, and of a later step of generation.
+        Padding does not, nor do answers after a prompt, unless they are wanted too. None: all
+        positions do.
         """
-        n = tokens.shape[1]
-        if self.spans is not None and not answers:
-            return self.spans.mask
         if self.spans is not None:
-            return self.spans.real if self.spans.real.shape[1] == n else None
+            return self.spans.real if answers else self.spans.mask
         if isinstance(self.summary, Tensor):  # a text, with padding behind its end
-            return torch.arange(n, device=tokens.device) <= self.summary.unsqueeze(1)
+            return torch.arange(tokens.shape[1], device=tokens.device) <= self.summary[:, None]
         return None
 
-    def mean(self, tokens: Tensor) -> Tensor:
+    def mean(self, tokens: Tensor, *, answers: bool = False) -> Tensor:
         """Return the mean (b, d) of the tokens of each row that are its sample's own."""
-        real = self.real(tokens)
+        real = self.real(tokens, answers=answers)
         if real is None:
             return tokens.mean(dim=1)
         weights = real.to(tokens.dtype)

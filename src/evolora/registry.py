@@ -116,6 +116,7 @@ STREAMS: Registry[Any] = Registry(
     modules=(
         "evolora.streams.mosaic.domains",
         "evolora.streams.mosaic.missing",
+        "evolora.streams.mosaic.instructions",
         "evolora.streams.mtil",
         "evolora.streams.class_incremental",
         "evolora.streams.own_data",

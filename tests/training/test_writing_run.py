@@ -17,6 +17,7 @@ from evolora.methods.branch_lora import BranchLoRAConfig
 from evolora.methods.dyn_mole import DynMoLEConfig
 from evolora.methods.moe_cl import MoECLConfig
 from evolora.methods.moe_lora import MoELoRAConfig
+from evolora.report import RunRecord
 from evolora.training.continual import ContinualRun
 
 
@@ -41,6 +42,7 @@ def run_of(tmp_path: Path) -> Any:
             "stream": {
                 "name": "conversations", "path": str(tmp_path / "data"), "metric": metric,
                 "max_new_tokens": 10, "order": ["colours", "captions"],
+                "answer_format": {"colours": "words:2"},
             },
             "backbone": {"name_or_path": str(model)},
             "training": {
@@ -74,6 +76,11 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     # an unlearned task goes to the base: it is what the base had before
     assert matrix.baseline is not None and matrix.values[0, 1] == matrix.baseline[1]
     assert 0.0 <= matrix.baseline[1] < matrix.values[1, 1] <= 10.0
+    routing = json.loads((tmp_path / "run" / "routing.json").read_text())
+    for after in routing["after"]:  # of the task that asks for a form
+        assert after["following"] == {"colours": 1.0} and after["normalised"] == {"colours": 1.0}
+    record = RunRecord.load(tmp_path / "run")
+    assert record.scores["following"] == record.scores["normalised"] == 1.0
     saved = json.loads((tmp_path / "run" / "run.json").read_text())
     assert saved["backbone"]["type"] == "image-text" and saved["finished"]
     again = run_of().run(resume=True)

@@ -54,6 +54,7 @@ def load(
     images: str | Path | None = None,
     metric: str | Mapping[str, str] = "exact-match",
     max_new_tokens: int | Mapping[str, int] = MAX_NEW_TOKENS,
+    answer_format: str | Mapping[str, str] = "",
     order: Sequence[str] | None = None,
     test_fraction: float = 0.2,
     val_fraction: float = 0.1,
@@ -68,6 +69,8 @@ def load(
             them.
         metric: of all tasks, or task -> its own: a metric of generated texts.
         max_new_tokens: longest answer, of all tasks, or task -> its own.
+        answer_format: form that the questions ask for ("yes-no", "words:3"), of all tasks, or task
+            -> its own; see :mod:`evolora.evaluation.answers.formats`.
         order: task names to learn, in order; None for all: as they appear in a file, files and
             folders by name.
         test_fraction: share of each task's groups held out for testing where there is no test
@@ -80,7 +83,7 @@ def load(
     Raises:
         StreamError: nothing is there, or a file is malformed, then every bad row is named by its
             line number; a task cannot be split.
-        ConfigError: an unknown metric or task.
+        ConfigError: an unknown metric, format or task.
     """
     base = user_path(path)
     folder = None if images is None else user_path(images)
@@ -88,7 +91,7 @@ def load(
     by_task: dict[str, list[Asked]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
-    for name in [*(order or ()), *named_tasks(metric), *named_tasks(max_new_tokens)]:
+    for name in [*(order or ()), *named_tasks(metric, max_new_tokens, answer_format)]:
         if name not in by_task:
             raise unknown_name("task", name, by_task)
     tasks = []
@@ -106,6 +109,7 @@ def load(
                 labels=LabelSpace.of_texts(setting_of(max_new_tokens, name, MAX_NEW_TOKENS)),
                 modalities=("image", "text"),
                 metric=setting_of(metric, name, "exact-match"),
+                answer_format=setting_of(answer_format, name, ""),
             )
         )
     return Stream(name="conversations", tasks=tuple(tasks), source=f"{base} ({len(rows)} answers)")
@@ -163,9 +167,9 @@ def limited_rows(
     return tuple(rows[place] for place in sorted(order[:limit].tolist()))
 
 
-def named_tasks(option: Any) -> Sequence[str]:
-    """Return the tasks that a setting names."""
-    return list(option) if isinstance(option, Mapping) else []
+def named_tasks(*options: Any) -> Sequence[str]:
+    """Return the tasks that settings name."""
+    return [name for option in options if isinstance(option, Mapping) for name in option]
 
 
 def setting_of(option: Any, name: str, default: Any) -> Any:

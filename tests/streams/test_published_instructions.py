@@ -13,6 +13,7 @@ import pytest
 from tests.streams import instruction_sets as build
 
 from evolora.config import load_stream
+from evolora.doctor import examine
 from evolora.errors import ConfigError, StreamError
 from evolora.registry import ANSWER_METRICS
 from evolora.streams.instruction_sets import CMIT, COIN, SETS, UCIT
@@ -243,6 +244,20 @@ def test_counts_that_are_not_the_published_ones_are_warned_of(
         "cmit/flickr30k has 1 test rows, the published set 1000: complete the data before "
         "comparing",
     ]
+
+
+def test_doctor_says_which_tasks_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def finding() -> str:
+        found = [one for one in examine() if one["name"] == "published instructions"]
+        return str(found[0]["detail"])
+
+    assert "cmit 0 of 9 tasks" in finding() and "docs/streams.md" in finding()
+    root = build.cmit(tmp_path / "data")
+    assert "cmit 9 of 9 tasks, coin 0 of 8" in finding() and "docs" not in finding()
+    (root / "kvqa" / "train.jsonl").unlink()
+    assert "cmit 8 of 9 tasks" in finding()
 
 
 def test_options_change_metrics_limits_images_and_size(tmp_path: Path) -> None:

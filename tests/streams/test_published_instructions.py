@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.backbones.writers import writer
 from tests.streams import instruction_sets as build
 
 from evolora.config import load_stream
 from evolora.doctor import examine
 from evolora.errors import ConfigError, StreamError
+from evolora.learner import Learner
+from evolora.methods.lora import SequentialLoRAConfig
 from evolora.registry import ANSWER_METRICS
 from evolora.streams.instruction_sets import CMIT, COIN, SETS, UCIT
 from evolora.streams.task import Stream
+from evolora.training.config import TrainingConfig
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "cmit": build.cmit,
@@ -101,6 +105,29 @@ def test_cmit_asks_as_published(tmp_path: Path) -> None:
     limits = {task.name: task.labels.max_new_tokens for task in stream}
     assert limits["flickr30k"] == 30 and limits["vizwiz"] == limits["pmcvqa"] == 10
     assert limits["kvqa"] == limits["sk-vg"] == 100
+
+
+def test_the_source_says_which_tasks_are_trained_on_several_times(tmp_path: Path) -> None:
+    root = build.cmit(tmp_path / "data")
+    assert load("cmit", root).source == (
+        f"CMIT, 9 of 9 tasks below {root}; published training goes through sk-vg 5 times, "
+        "iconqa 5 times, vizwiz 5 times"
+    )
+    assert load("cmit", root, order=["kvqa"]).source == f"CMIT, 1 of 9 tasks below {root}"
+
+
+def test_a_model_learns_and_is_tested_on_tasks_of_every_kind(tmp_path: Path) -> None:
+    order = ["sk-vg", "textcaps", "iconqa", "vizwiz", "kvqa"]
+    stream = load("cmit", build.cmit(tmp_path / "data"), order=order, max_new_tokens=2)
+    training = TrainingConfig(
+        max_steps=1, per_device_train_batch_size=2, warmup_steps=0, augment=False,
+        label_smoothing_factor=0.0,
+    )  # fmt: skip
+    config = SequentialLoRAConfig(r=2, target_modules=("all-linear",))
+    learner = Learner(writer("internvl"), method=config, training=training)
+    for task in stream:
+        learner.learn(task)
+        assert 0.0 <= learner.evaluate(task).score <= 1.0
 
 
 def test_coin_and_ucit_ask_what_their_rows_say(tmp_path: Path) -> None:

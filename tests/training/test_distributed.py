@@ -85,7 +85,15 @@ HARD: dict[str, Any] = {"augment": True, "max_classes_per_step": 2, "max_grad_no
         "allocated-lora",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("er", "ewc", "full-finetuning", "joint-lora", "linear-probe", "zero-shot")
+            for name in (
+                "d-mole",
+                "er",
+                "ewc",
+                "full-finetuning",
+                "joint-lora",
+                "linear-probe",
+                "zero-shot",
+            )
         ),
     ],
 )

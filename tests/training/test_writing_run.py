@@ -98,7 +98,7 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     "method",
     [
         MoELoRAConfig(r=8, num_experts=4, lora_alpha=16.0, target_modules=("all-linear",)),
-        BranchLoRAConfig(r=4, lora_alpha=16.0, num_branches=3, target_modules=("all-linear",)),
+        BranchLoRAConfig(r=4, lora_alpha=16.0, num_branches=6, target_modules=("all-linear",)),
         DynMoLEConfig(r=4, lora_alpha=8.0, num_experts=3, target_modules=("all-linear",)),
         MoECLConfig(r=4, discriminator_memory=4),
     ],

@@ -68,12 +68,13 @@ class DualEncoder(PromptBackbone):
         *,
         towers: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
-        target_modules: Sequence[str] = (),
+        target_modules: Sequence[str] | None = (),
     ) -> list[Site]:
         """Return MLP or Linear sites; see :class:`evolora.experts.sites.Site`."""
         wanted = tuple(towers or self.towers)
         self.check_towers(wanted)
-        for target in target_modules:
+        targets = self.default_targets if target_modules is None else target_modules
+        for target in targets:
             if target not in LINEARS:
                 raise unknown_name("target module", target, LINEARS)
         found: list[Site] = []
@@ -86,7 +87,7 @@ class DualEncoder(PromptBackbone):
                     tower,
                     index,
                     linears=LINEARS,
-                    targets=target_modules,
+                    targets=targets,
                     mlp=("mlp", "layer_norm2"),
                 )
         return found

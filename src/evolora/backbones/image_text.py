@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evolora.backbones.answer_tokens import NO_ANSWER, Limit, cut
 from evolora.backbones.base import Batch, TextBackbone
 from evolora.backbones.blocks import (
     block_indices,
@@ -54,7 +55,6 @@ from evolora.streams.task import Example
 TEXT_LENGTH = 2048
 """Longest prompt in tokens where nothing else is said and the model takes as many."""
 ALL_LINEAR = "all-linear"
-NO_ANSWER = -100
 SQUARE = 448
 
 
@@ -71,6 +71,7 @@ class ImageText(TextBackbone):
             most 2048. A longer prompt is refused.
     """
 
+    default_targets = (ALL_LINEAR,)
     towers = (VISION, PROJECTION, LANGUAGE)
     cached_tower = LANGUAGE
     modalities = ("image", "text")
@@ -118,9 +119,11 @@ class ImageText(TextBackbone):
         *,
         towers: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
-        target_modules: Sequence[str] = (),
+        target_modules: Sequence[str] | None = (),
     ) -> list[Site]:
         """Return Linear sites; a name is taken in every tower that has it, "all-linear" is all.
+
+        None is "all-linear": families name their Linears differently.
 
         Raises:
             ConfigError: an unknown tower, a name that no chosen tower has, or another kind.
@@ -130,6 +133,7 @@ class ImageText(TextBackbone):
                 f"{type(self).__name__} has experts at Linears only; this method asks for {kind!r}"
             )
         self.check_towers(towers)
+        targets = self.default_targets if target_modules is None else target_modules
         found: list[Site] = []
         known: set[str] = {ALL_LINEAR}
         for tower in [tower for tower in self.towers if towers is None or tower in towers]:
@@ -141,9 +145,9 @@ class ImageText(TextBackbone):
                 found += [
                     linear_site(tower, index, name, linear)
                     for name, linear in linears.items()
-                    if name in target_modules or ALL_LINEAR in target_modules
+                    if name in targets or ALL_LINEAR in targets
                 ]
-        for target in target_modules:
+        for target in targets:
             if target not in known:
                 raise unknown_name("target module", target, known)
         return found
@@ -192,33 +196,20 @@ class ImageText(TextBackbone):
 
     # -- what methods ask for --------------------------------------------------------------------
 
-    def answer_losses(
-        self, batch: Batch, route: Route, *, limit: int | None = None, smoothing: float = 0.0
-    ) -> Tensor:
-        """Return the loss (b,) of each row's answer, cut to ``limit`` tokens, under the route."""
-        answers = batch.inputs["answer_ids"][:, :limit]
-        if answers.shape[1] == 0 or bool((answers == NO_ANSWER).all(dim=1).any()):
+    def answer_logits(
+        self, batch: Batch, route: Route, *, limit: Limit = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (b, a, c) at the tokens of answers (b, a); see :class:`TextBackbone`."""
+        answers = cut(batch.inputs["answer_ids"], limit)
+        given = answers != NO_ANSWER
+        if answers.shape[1] == 0 or not bool(given.any(dim=1).all()):
             raise DataError("a batch that is learned needs an answer in every row")
         self._place(batch, route, answers.shape[1])
-        logits = self.answer_logits(batch, answers)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            answers.flatten(),
-            ignore_index=NO_ANSWER,
-            reduction="none",
-            label_smoothing=smoothing,
-        ).view(answers.shape)
-        return losses.sum(dim=1) / (answers != NO_ANSWER).sum(dim=1)
-
-    def answer_logits(self, batch: Batch, answers: Tensor) -> Tensor:
-        """Return logits (b, a, c) at the tokens of answers (b, a), under the routes in place."""
-        given = answers != NO_ANSWER
         ids = torch.cat([batch.inputs["input_ids"], answers.clamp_min(0)], dim=1)
         mask = torch.cat([batch.inputs["attention_mask"], given.long()], dim=1)
         inputs = self._model_inputs(batch, ids, mask)
         output = self.call(self._forward, logits_to_keep=answers.shape[1] + 1, **inputs)
-        logits: Tensor = output.logits[:, :-1]
-        return logits
+        return output.logits[:, :-1], answers
 
     @torch.no_grad()
     def write(self, batch: Batch, route: Route, max_new_tokens: int) -> list[str]:

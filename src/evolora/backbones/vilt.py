@@ -97,11 +97,12 @@ class Vilt(Backbone):
         *,
         towers: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
-        target_modules: Sequence[str] = (),
+        target_modules: Sequence[str] | None = (),
     ) -> list[Site]:
         """Return MLP or Linear sites; the Linears go by ViLT's names or by CLIP's."""
         self.check_towers(towers)
-        for target in target_modules:
+        targets = self.default_targets if target_modules is None else target_modules
+        for target in targets:
             if target not in VILT_LINEARS:
                 raise unknown_name("target module", target, VILT_LINEARS)
         blocks = self.blocks(TOWER)
@@ -113,7 +114,7 @@ class Vilt(Backbone):
                 TOWER,
                 index,
                 linears=VILT_LINEARS,
-                targets=target_modules,
+                targets=targets,
                 mlp=("output", "layernorm_after"),  # this "output" adds the residual by itself
             )
         return found

@@ -101,8 +101,10 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.coda_prompt",
         "evolora.methods.delo",
         "evolora.methods.l2p",
+        "evolora.methods.lwf",
         "evolora.methods.map",
         "evolora.methods.moe_adapters",
+        "evolora.methods.o_lora",
         "evolora.methods.rebq",
     ),
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.backbones.writers import FAMILIES, picture, samples, writer
 from tests.conftest import toy_task
+from tests.methods.texts import TEXTS, task
 
 from evolora.allocation.settings import GradientAllocationConfig
 from evolora.backbones.answer_tokens import NO_ANSWER
@@ -33,39 +34,13 @@ from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.regularizers.elastic import token_surprise
 from evolora.routing.route import BASE
 from evolora.routing.task_keys import TaskKeySelectorConfig
-from evolora.streams.task import Example, LabelSpace, Task
+from evolora.streams.task import LabelSpace, Task
 from evolora.training.config import TrainingConfig
 
-TEXTS = LabelSpace.of_texts(6)
 LINEARS = ("all-linear",)
 TRAINING = TrainingConfig(
     max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0, augment=False
 )
-
-
-class Questions:
-    """Questions about one picture or none, all with a task's own answer."""
-
-    def __init__(self, answer: str, rows: int, seed: int) -> None:
-        self.answer, self.rows, self.seed = answer, rows, seed
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index: int) -> Example:
-        words = ("what is it ?", "is this it ?", "where is it . what is this ?")
-        inputs: dict[str, Any] = {"text": f"{words[index % 3]} {self.answer.split()[0]}"}
-        if index % 4:
-            inputs["image"] = picture(self.seed + index)
-        return Example(inputs=inputs, label=self.answer, key=f"{self.answer}/{self.seed}/{index}")
-
-
-def task(name: str, answer: str, rows: int = 12) -> Task:
-    parts = [Questions(answer, count, seed) for count, seed in ((rows, 0), (4, 50), (6, 70))]
-    return Task(
-        name=name, train=parts[0], val=parts[1], test=parts[2], labels=TEXTS,
-        modalities=("image", "text"), metric="exact-match",
-    )  # fmt: skip
 
 
 TASKS = (task("first", "red dot"), task("second", "blue cross ."))

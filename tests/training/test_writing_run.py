@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from tests.backbones.writers import writer
 from evolora.config import parse_config
 from evolora.evaluation.inspection import inspect_config
 from evolora.learner import Learner
+from evolora.registry import METHODS
 from evolora.training.continual import ContinualRun
+
+BASELINES: dict[str, dict[str, Any]] = {
+    "sequential-lora": {},
+    "joint-lora": {},
+    "ewc": {"fisher_samples": 4},
+    "er": {"capacity": 6},
+    "lwf": {},
+    "o-lora": {"l2": 0.01},
+}
 
 
 @pytest.fixture
@@ -45,7 +56,11 @@ def run_of(tmp_path: Path) -> Any:
             "evaluation": {"batch_size": 3},
         }
     )  # fmt: skip
-    return lambda: ContinualRun(config, tmp_path / "run")
+
+    def make(**changes: Any) -> ContinualRun:
+        return ContinualRun(replace(config, **changes), tmp_path / "run")
+
+    return make
 
 
 def test_the_cost_of_a_run_is_counted_on_shapes(run_of: Any, tmp_path: Path) -> None:
@@ -74,3 +89,24 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     learner = Learner.from_pretrained(tmp_path / "run")
     answer = learner.predict(texts="green ? what is it ?", task="captions")[0]
     assert answer.label == "this is it : green bar ."
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_runs_and_its_artefact_answers_as_it_did(
+    run_of: Any, tmp_path: Path, name: str
+) -> None:
+    method = METHODS.get(name).config_class(r=4, **BASELINES[name])
+    config = run_of().config
+    run = run_of(
+        method=method,
+        training=replace(config.training, max_steps=25),
+        stream={**config.stream, "metric": "token-f1"},
+    )
+    matrix = run.run()
+    learner = Learner.from_pretrained(tmp_path / "run")
+    assert list(learner.method.layers) == list(run.learner.method.layers)
+    scores = [learner.evaluate(task).score for task in run.stream]
+    assert scores == matrix.values[-1].tolist()
+    assert matrix.baseline is not None
+    # both tasks ask the same, so a LoRA that learns both at once can answer one of them only
+    assert max(scores - matrix.baseline) > 0.1

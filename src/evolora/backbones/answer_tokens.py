@@ -20,7 +20,7 @@ def cut(answers: Tensor, limit: Limit) -> Tensor:
         return answers[:, :limit]
     own = torch.tensor(list(limit), device=answers.device).unsqueeze(1)
     places = torch.arange(answers.shape[1], device=answers.device)
-    return answers.masked_fill(places >= own, NO_ANSWER)[:, : max(limit)]
+    return answers.masked_fill(places >= own, NO_ANSWER)
 
 
 def token_losses(logits: Tensor, answers: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -194,6 +194,10 @@ class Backbone(FrozenModel):
             present[modality] = present.get(modality, torch.ones_like(rows)) & ~rows
         return replace(batch, present=present, known=None, prefix=None)
 
+    def row_sizes(self, batch: Batch) -> Tensor | None:
+        """Return what noise in training depends on (b, s), where rows differ in it; else None."""
+        return None
+
     def check_modalities(self, example: Example) -> None:
         """Refuse a sample that has nothing this backbone can see."""
         if not any(modality in example.inputs for modality in self.modalities):

@@ -187,6 +187,13 @@ class ImageText(TextBackbone):
             inputs[name], inputs[f"{name} number"] = stacked([one.get(key) for one in prepared])
         return {name: value.to(self.device) for name, value in inputs.items()}
 
+    def row_sizes(self, batch: Batch) -> Tensor:
+        """Return (b, 3): width of the prompts, of the answers, and rows in the encoder."""
+        inputs = batch.inputs
+        widths = torch.tensor([inputs[name].shape[1] for name in ("input_ids", "answer_ids")])
+        number = inputs["pixel_values number"].unsqueeze(1)
+        return torch.cat([widths.to(number).expand(len(batch), 2), number], dim=1)
+
     def without(self, batch: Batch, lost: Mapping[str, Tensor]) -> Batch:
         """Refuse: an image's tokens are part of the prompt, which would have to be made anew."""
         raise ConfigError(
@@ -200,6 +207,7 @@ class ImageText(TextBackbone):
         self, batch: Batch, route: Route, *, limit: Limit = None
     ) -> tuple[Tensor, Tensor]:
         """Return logits (b, a, c) at the tokens of answers (b, a); see :class:`TextBackbone`."""
+        batch = _as_long_as_others(batch, self._padding)
         answers = cut(batch.inputs["answer_ids"], limit)
         given = answers != NO_ANSWER
         if answers.shape[1] == 0 or not bool(given.any(dim=1).all()):
@@ -391,14 +399,12 @@ class ImageText(TextBackbone):
         self.host.set_route(LANGUAGE, replace(route, spans=spans))
         numbers = batch.inputs["pixel_values number"]
         rows = torch.arange(len(batch), device=numbers.device).repeat_interleave(numbers)
-        random = route.random
-        if random is not None:  # noise is drawn for rows of samples; here for this process's images
-            random = StepRandom(derive_seed(random.seed, "images", random.first_row))
-        seen = replace(route.take(rows), random=random)
+        seen = replace(route.take(rows), random=_of_images(route.random, batch))
         self.host.set_route(VISION, seen)
         merged = self.config.vision_config.spatial_merge_size**2 if self.family.packed else 1
         every = torch.arange(0, len(rows), merged, device=rows.device)
-        self.host.set_route(PROJECTION, seen.take(every))
+        random = _of_images(route.random, batch, merged)
+        self.host.set_route(PROJECTION, replace(seen.take(every), random=random))
         return spans
 
 
@@ -406,3 +412,36 @@ def _mean(states: Tensor, mask: Tensor) -> Tensor:
     """Return the mean (b, d) of states (b, n, d) where the mask (b, n) is set."""
     weights = mask.to(states.dtype).unsqueeze(2)
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)
+
+
+def _of_images(random: StepRandom | None, batch: Batch, merged: int = 1) -> StepRandom | None:
+    """Return the randomness of the encoder's rows, which are images or parts of them.
+
+    Args:
+        random: of the samples.
+        batch: the samples.
+        merged: rows that the projection makes one of.
+    """
+    if random is None:
+        return None
+    seed, numbers = derive_seed(random.seed, "images"), batch.step_sizes
+    if numbers is None:
+        return StepRandom(seed)
+    counts = numbers[:, 2].tolist()
+    before, every = sum(counts[: random.first_row]), sum(counts)
+    return StepRandom(seed, first_row=before // merged, global_rows=every // merged)
+
+
+def _as_long_as_others(batch: Batch, padding: int) -> Batch:
+    """Return the batch as wide as the widest of all processes: noise is drawn per position."""
+    if batch.step_sizes is None:
+        return batch
+    prompt, answer = batch.step_sizes[:, :2].amax(dim=0).tolist()
+    left = prompt - batch.inputs["input_ids"].shape[1]
+    right = answer - batch.inputs["answer_ids"].shape[1]
+    wider = {
+        "input_ids": F.pad(batch.inputs["input_ids"], (left, 0), value=padding),
+        "attention_mask": F.pad(batch.inputs["attention_mask"], (left, 0)),
+        "answer_ids": F.pad(batch.inputs["answer_ids"], (0, right), value=NO_ANSWER),
+    }
+    return replace(batch, inputs={**batch.inputs, **wider})

@@ -164,6 +164,10 @@ def test_an_image_that_cannot_be_read_is_refused_by_file_and_row(
         code = run(folder, workers_word, "--out", str(folder / f"unread{workers}"), rows=name)
         found = refused(capsys, code)
         assert "unread.jsonl:5" in found and "bad.png" in found and "cannot" in found
+    broken = (folder / "bad.png").read_bytes()
+    (folder / "bad.png").write_bytes((folder / "0.png").read_bytes())
+    assert run(folder, "--out", str(folder / "unread0"), "--resume", rows=name) == 0
+    (folder / "bad.png").write_bytes(broken)
 
 
 def test_bad_rows_are_named_by_line_before_anything_is_learned(

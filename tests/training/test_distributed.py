@@ -111,6 +111,25 @@ def test_two_processes_equal_one_on_the_same_global_batch(method: str, tmp_path:
     assert settings["processes"] == 2
 
 
+@pytest.mark.parametrize("method", ["lwf", pytest.param("o-lora", marks=pytest.mark.slow)])
+def test_two_processes_write_what_one_writes(method: str, tmp_path: Path) -> None:
+    """Each process answers its part of a test set; texts are gathered and judged together."""
+    # Prompts, answers and images of the processes differ in size, and dropout is on in all towers.
+    small: dict[str, Any] = {
+        "max_steps": 14, "learning_rate": 2e-2, "augment": False, "label_smoothing_factor": 0.0
+    }  # fmt: skip
+    two(tmp_path / "two", method, per_device_train_batch_size=2, **small)
+    one = worker.toy_run(tmp_path / "one", method, per_device_train_batch_size=4, **small)
+    with worker.texts_written() as texts:
+        matrix = one.run()
+    assert matrix.values[0, 0] > 0 and matrix.values[1, 1] > 0
+    assert_same_result(tmp_path / "two", tmp_path / "one")
+    assert len(texts) == 6 and {len(written) for written in texts} == {6}
+    assert len({text for written in texts for text in written}) > 6
+    for index in (0, 1):
+        assert rank(tmp_path / "two", index)["texts"] == texts
+
+
 @pytest.mark.slow
 def test_two_processes_with_accumulation_equal_one(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"gradient_accumulation_steps": 2, **HARD}

@@ -17,11 +17,20 @@ from evolora.methods.branch_lora import BranchLoRAConfig
 from evolora.methods.dyn_mole import DynMoLEConfig
 from evolora.methods.moe_cl import MoECLConfig
 from evolora.methods.moe_lora import MoELoRAConfig
+from evolora.registry import METHODS
 from evolora.report import RunRecord
 from evolora.training.continual import ContinualRun
 
 ASKED = "{} ? what is it ?"
 LORA = {"type": "lora-per-task", "r": 4, "target_modules": ["all-linear"]}
+BASELINES: dict[str, dict[str, Any]] = {
+    "sequential-lora": {},
+    "joint-lora": {},
+    "ewc": {"fisher_samples": 4},
+    "er": {"capacity": 6},
+    "lwf": {},
+    "o-lora": {"l2": 0.01},
+}
 
 
 @pytest.fixture
@@ -56,9 +65,13 @@ def run_of(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
             "evaluation": {"batch_size": 3},
         }
     )  # fmt: skip
-    return lambda method=None: ContinualRun(
-        config if method is None else replace(config, method=method), tmp_path / "run"
-    )
+
+    def make(method: Any = None, **changes: Any) -> ContinualRun:
+        if method is not None:
+            changes["method"] = method
+        return ContinualRun(replace(config, **changes), tmp_path / "run")
+
+    return make
 
 
 def test_the_cost_of_a_run_is_counted_on_shapes(run_of: Any, tmp_path: Path) -> None:
@@ -160,3 +173,24 @@ def test_d_mole_runs_from_a_configuration_to_answers_without_being_told(
     assert answers[0].label == "red dot"
     told = learner.predict(texts="where . green bar .", task="captions")[0]
     assert told.task == "captions" and told.label == "this is it : green bar ."
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_runs_and_its_artefact_answers_as_it_did(
+    run_of: Any, tmp_path: Path, name: str
+) -> None:
+    method = METHODS.get(name).config_class(r=4, **BASELINES[name])
+    config = run_of().config
+    run = run_of(
+        method=method,
+        training=replace(config.training, max_steps=25),
+        stream={**config.stream, "metric": "token-f1"},
+    )
+    matrix = run.run()
+    learner = Learner.from_pretrained(tmp_path / "run")
+    assert list(learner.method.layers) == list(run.learner.method.layers)
+    scores = [learner.evaluate(task).score for task in run.stream]
+    assert scores == matrix.values[-1].tolist()
+    assert matrix.baseline is not None
+    # both tasks ask the same, so a LoRA that learns both at once can answer one of them only
+    assert max(scores - matrix.baseline) > 0.1

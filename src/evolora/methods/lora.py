@@ -46,6 +46,7 @@ class LoRAConfig:
         lora_dropout: probability of zeroing a bottleneck unit during training, in [0, 1).
         target_modules: Linears that get an expert: q_proj, k_proj, v_proj, out_proj, fc1, fc2; a
             model that writes has others beside them (o_proj, gate_proj ...); "all-linear" is all.
+            None takes q_proj, v_proj, fc1 and fc2, and every Linear of a model that writes.
         layers_to_transform: block indices (negative counts from the top); None takes all.
         towers: towers that get experts; None takes all.
     """
@@ -53,7 +54,7 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj", "fc1", "fc2")
+    target_modules: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     towers: tuple[str, ...] | None = None
 
@@ -170,6 +171,7 @@ class _LoRA(Method):
     """Experts at Linears, allocated by the subclasses."""
 
     config: LoRAConfig
+    layer_class: ClassVar[type[LoRALayer]] = LoRALayer
     shared: ClassVar[bool] = True
     writes = True
 
@@ -196,7 +198,7 @@ class _LoRA(Method):
             places = [SiteExperts(allocator, column) for column in range(len(sites))]
             self.allocator = allocator
         for site, own in zip(sites, places, strict=True):
-            self.insert(site, LoRALayer(site, config, backbone.device, own))
+            self.insert(site, self.layer_class(site, config, backbone.device, own))
 
     def allocate(self, task: int) -> None:
         """Give every site one new expert (shared regimes: only once); older ones are frozen."""

@@ -48,9 +48,9 @@ from evolora.backbones.families import (
 )
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.max_pooled import MAX_POOLED, NOTHING, max_pooled, width
+from evolora.backbones.prompt_rows import as_long_as_others, of_images, prompt_spans
 from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.experts.sites import Site, SiteKind
-from evolora.randomness import StepRandom, derive_seed
 from evolora.registry import BACKBONES
 from evolora.routing.route import Decisions, Route
 from evolora.routing.spans import TokenSpans
@@ -219,7 +219,7 @@ class ImageText(TextBackbone):
         self, batch: Batch, route: Route, *, limit: Limit = None
     ) -> tuple[Tensor, Tensor]:
         """Return logits (b, a, c) at the tokens of answers (b, a); see :class:`TextBackbone`."""
-        batch = _as_long_as_others(batch, self._padding)
+        batch = as_long_as_others(batch, self._padding)
         answers = cut(batch.inputs["answer_ids"], limit)
         given = answers != NO_ANSWER
         if answers.shape[1] == 0 or not bool(given.any(dim=1).all()):
@@ -402,18 +402,7 @@ class ImageText(TextBackbone):
         return found
 
     def _spans(self, batch: Batch, more: int = 0) -> TokenSpans:
-        """Return where images and text stand in prompts; ``more`` answer tokens are of neither."""
-        images = batch.inputs["input_ids"] == self.image_token
-        real = batch.inputs["attention_mask"].bool()
-        of = {"image": images & real, "text": ~images & real}
-        everywhere = torch.ones(len(batch), dtype=torch.bool, device=real.device)
-        present = [batch.present.get(modality, everywhere) for modality in self.modalities]
-        given = batch.inputs["answer_ids"][:, :more] != NO_ANSWER
-        return TokenSpans(
-            {name: F.pad(where, (0, more)) for name, where in of.items()},
-            torch.stack(present, dim=1),
-            answer=F.pad(given, (real.shape[1], more - given.shape[1])) if more else None,
-        )
+        return prompt_spans(batch, self.image_token, self.modalities, more)
 
     def _place(self, batch: Batch, route: Route, more: int = 0) -> TokenSpans:
         """Put the route in place for all towers: a row of the encoder goes by its sample's."""
@@ -421,11 +410,11 @@ class ImageText(TextBackbone):
         self.host.set_route(LANGUAGE, replace(route, spans=spans))
         numbers = batch.inputs["pixel_values number"]
         rows = torch.arange(len(batch), device=numbers.device).repeat_interleave(numbers)
-        seen = replace(route.take(rows), random=_of_images(route.random, batch))
+        seen = replace(route.take(rows), random=of_images(route.random, batch))
         self.host.set_route(VISION, seen)
         merged = self.config.vision_config.spatial_merge_size**2 if self.family.packed else 1
         every = torch.arange(0, len(rows), merged, device=rows.device)
-        random = _of_images(route.random, batch, merged)
+        random = of_images(route.random, batch, merged)
         self.host.set_route(PROJECTION, replace(seen.take(every), random=random))
         return spans
 
@@ -434,36 +423,3 @@ def _mean(states: Tensor, mask: Tensor) -> Tensor:
     """Return the mean (b, d) of states (b, n, d) where the mask (b, n) is set."""
     weights = mask.to(states.dtype).unsqueeze(2)
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)
-
-
-def _of_images(random: StepRandom | None, batch: Batch, merged: int = 1) -> StepRandom | None:
-    """Return the randomness of the encoder's rows, which are images or parts of them.
-
-    Args:
-        random: of the samples.
-        batch: the samples.
-        merged: rows that the projection makes one of.
-    """
-    if random is None:
-        return None
-    seed, numbers = derive_seed(random.seed, "images"), batch.step_sizes
-    if numbers is None:
-        return StepRandom(seed)
-    counts = numbers[:, 2].tolist()
-    before, every = sum(counts[: random.first_row]), sum(counts)
-    return StepRandom(seed, first_row=before // merged, global_rows=every // merged)
-
-
-def _as_long_as_others(batch: Batch, padding: int) -> Batch:
-    """Return the batch as wide as the widest of all processes: noise is drawn per position."""
-    if batch.step_sizes is None:
-        return batch
-    prompt, answer = batch.step_sizes[:, :2].amax(dim=0).tolist()
-    left = prompt - batch.inputs["input_ids"].shape[1]
-    right = answer - batch.inputs["answer_ids"].shape[1]
-    wider = {
-        "input_ids": F.pad(batch.inputs["input_ids"], (left, 0), value=padding),
-        "attention_mask": F.pad(batch.inputs["attention_mask"], (left, 0)),
-        "answer_ids": F.pad(batch.inputs["answer_ids"], (0, right), value=NO_ANSWER),
-    }
-    return replace(batch, inputs={**batch.inputs, **wider})

@@ -18,6 +18,7 @@ from evolora.allocation.sample import TaskSamples
 from evolora.allocation.settings import GradientAllocationConfig
 from evolora.backbones.base import Backbone, Batch
 from evolora.backbones.image_text import NO_ANSWER, ImageText
+from evolora.bench.results import Value
 from evolora.bench.session import MIB, Session
 from evolora.bench.settings import Settings
 from evolora.bench.timing import Variant
@@ -69,14 +70,15 @@ def growth(session: Session, title: str, config: Any) -> float:
     counts, rows = s.either(TASKS, QUICK_TASKS), s.batch or s.either(8, 2)
     note = f"{rows} pairs of an image and a question; r {config.r}; stored: all that must be kept"
     table = session.table(title, COLUMNS, note=note)
-    variants, stored = [], {}
+    variants = []
     first = row_of(counts[0])
     for count in counts:
         method = taught(config, ImageText(twin_of(model), name="random"), s, count, rows)
         variants.append(step(row_of(count), method, first))
-        stored[row_of(count)] = sum(t.nbytes for t in method.stored().values()) / MIB
-        trained = sum(p.numel() for p in method.trainable().values())
-        table.put(row_of(count), **{"stored MiB": stored[row_of(count)], "trainable": str(trained)})
+        stored = sum(tensor.nbytes for tensor in method.stored().values()) / MIB
+        trained = sum(parameter.numel() for parameter in method.trainable().values())
+        values: dict[str, Value] = {"stored MiB": stored, "trainable": str(trained)}
+        table.put(row_of(count), **values)
     batches = {row_of(count): samples(s, rows, count - 1, LAST) for count in counts}
     for variant in variants if not s.quick else ():
         table.put(variant.name, **session.weigh(variant, batches))
@@ -112,23 +114,19 @@ def step(name: str, method: Method, base: str) -> Variant:
 
 def llava(settings: Settings, layers: int) -> nn.Module:
     """Return a random LLaVA with so many layers in both towers."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    import transformers
 
+    stock: Any = transformers
     shape = {
         "hidden_size": WIDTH,
         "num_attention_heads": HEADS,
         "num_hidden_layers": layers,
     }
-    vision = CLIPVisionConfig(
+    vision = stock.CLIPVisionConfig(
         intermediate_size=4 * WIDTH, image_size=SIDE, patch_size=PATCH, **shape
     )
-    text = LlamaConfig(vocab_size=WORDS, intermediate_size=8 * WIDTH // 3, **shape)
-    config = LlavaConfig(
+    text = stock.LlamaConfig(vocab_size=WORDS, intermediate_size=8 * WIDTH // 3, **shape)
+    config = stock.LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_id=IMAGE_TOKEN,
@@ -136,7 +134,7 @@ def llava(settings: Settings, layers: int) -> nn.Module:
         vision_feature_layer=-1,
     )
     torch.manual_seed(settings.seed)
-    model: Any = LlavaForConditionalGeneration(config)
+    model = stock.LlavaForConditionalGeneration(config)
     model.eval().to(settings.device, settings.torch_dtype)
     made: nn.Module = model
     return made

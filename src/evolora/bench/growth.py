@@ -2,13 +2,15 @@
 
 Per-task experts that no row is routed to must cost nothing. So a method learns 0, 4, 9 and 19 tasks
 and then, each time, the very same one, whose experts stand at the same sites: its steps are held
-against those without any task before. A step is forward, backward and optimizer, as in training.
+against those without any task before. A step is forward, backward and optimizer, as in training
+on samples that were seen before: what the untouched model makes of them is known.
 Memory: what the step adds to the process, and what has to be stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from evolora.allocation.sample import TaskSamples
 from evolora.allocation.settings import GradientAllocationConfig
 from evolora.backbones.base import Backbone, Batch
 from evolora.backbones.image_text import NO_ANSWER, ImageText
+from evolora.bench.pairs import remembered
 from evolora.bench.results import Value
 from evolora.bench.session import MIB, Session
 from evolora.bench.settings import Settings
@@ -79,7 +82,10 @@ def growth(session: Session, title: str, config: Any) -> float:
         trained = sum(parameter.numel() for parameter in method.trainable().values())
         values: dict[str, Value] = {"stored MiB": stored, "trainable": str(trained)}
         table.put(row_of(count), **values)
-    batches = {row_of(count): samples(s, rows, count - 1, LAST) for count in counts}
+    batches = {}
+    for count in counts:
+        batch = samples(s, rows, count - 1, LAST)
+        batches[row_of(count)] = replace(batch, known=remembered(batch))
     for variant in variants if not s.quick else ():
         table.put(variant.name, **session.weigh(variant, batches))
     done = session.time(title, variants, [batches], rounds=s.either(15, 3), table=table)

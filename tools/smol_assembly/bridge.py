@@ -25,6 +25,7 @@ LOG = logging.getLogger("assemble_smol_vlm")
 SHARPNESS = 20.0  # of the softmax over words
 WORDS, BRIDGE = "words-{}.pt", "bridge-{}.pt"
 NOTHING = -100
+AT_ONCE = 16  # pictures that are asked about without gradient
 HALVED = 0.65  # root mean square of GELU's output, of a standard normal input
 
 
@@ -132,15 +133,15 @@ def stage_bridge(args: argparse.Namespace) -> None:
     projection = fresh(model, args.seed)
     load_projection(projection, args, WORDS)
     reader = Reader(model, Speech(processor), args.bf16)
-    train, test = (np.flatnonzero(pairs.held_out == side) for side in (False, True))
+    train, test = np.flatnonzero(~pairs.held_out), pairs.tested(args.tested)
     loop = Loop(projection, args, args.work / BRIDGE.format(args.name))
-    LOG.info("%s", carried(projection, reader, pairs, features, test[: args.tested]))
+    LOG.info("%s", carried(projection, reader, pairs, features, test))
     for step in loop.steps():
         draw = generator(args.seed, "bridge", step)
         rows = some(train, args.batch, draw)
         projected = projection(features[rows].float())
         loop.update(reader.losses(projected, *pairs.drawn(rows, draw)).mean())
-    LOG.info("%s", carried(projection, reader, pairs, features, test[: args.tested]))
+    LOG.info("%s", carried(projection, reader, pairs, features, test))
 
 
 @torch.no_grad()
@@ -150,7 +151,8 @@ def carried(
     """Returns in words what held-out pictures' names cost, under them and under others."""
     found: dict[str, list[Tensor]] = {"their own": [], "another": []}
     others = np.roll(rows, len(rows) // 2)
-    for part, other in zip(np.array_split(rows, 8), np.array_split(others, 8), strict=True):
+    for start in range(0, len(rows), AT_ONCE):
+        part, other = rows[start : start + AT_ONCE], others[start : start + AT_ONCE]
         names = [pairs.texts[name][0] for name in pairs.names[part]]
         for which, seen in (("their own", part), ("another", other)):
             projected = projection(features[seen].float())

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +15,12 @@ from evolora.backbones.base import TextBackbone
 from evolora.backbones.loading import load_backbone
 from evolora.routing.route import BASE, Route
 from evolora.streams.task import Example
-from smol_assembly.bridge import BRIDGE, load_projection
+from smol_assembly.bridge import AT_ONCE, BRIDGE, load_projection
 from smol_assembly.model import load_parts
 from smol_assembly.pairs import NAME, Pairs, choose, pictures
 
 LOG = logging.getLogger("assemble_smol_vlm")
 SHOWN, TOKENS = 12, 12  # answers that are logged, and their longest
-BATCH = 16
 
 
 def stage_export(args: argparse.Namespace) -> None:
@@ -39,7 +37,7 @@ def tried(folder: Path, corpus: Path, pairs: Pairs, count: int) -> None:
     """Logs what held-out pictures' names cost the library, and some of its answers."""
     backbone = load_backbone(str(folder))
     assert isinstance(backbone, TextBackbone)
-    rows = np.flatnonzero(pairs.held_out)[:count]
+    rows = pairs.tested(count)
     images = torch.from_numpy(pictures(corpus, pairs.rows[rows])).permute(0, 3, 1, 2)
     names = [pairs.texts[name][0] for name in pairs.names[rows]]
     own = _losses(backbone, images, names)
@@ -68,8 +66,8 @@ def _asked(images: Tensor, names: Sequence[str]) -> list[Example]:
 def _losses(backbone: TextBackbone, images: Tensor, names: Sequence[str]) -> Tensor:
     """Returns the loss [b] of each name."""
     found = []
-    for start in range(0, len(names), BATCH):
-        part = slice(start, start + BATCH)
+    for start in range(0, len(names), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
         batch = backbone.collate(_asked(images[part], names[part]))
         route = Route.of(BASE, len(batch), device=backbone.device)
         found.append(backbone.answer_losses(batch, route))

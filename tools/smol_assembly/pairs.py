@@ -47,6 +47,11 @@ class Pairs:
     texts: list[list[str]]
     held_out: NDArray[np.bool_]
 
+    def tested(self, count: int) -> NDArray[np.int64]:
+        """Returns at most so many held-out pictures, of all groups: the corpus has them in turn."""
+        rows = np.flatnonzero(self.held_out)
+        return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
+
     def drawn(
         self, chosen: NDArray[np.int64], draw: torch.Generator
     ) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from evolora.allocation.sample import TaskSamples
 from evolora.allocation.settings import GradientAllocationConfig
+from evolora.backbones.answer_tokens import NO_ANSWER
 from evolora.backbones.base import Backbone, Batch
-from evolora.backbones.image_text import NO_ANSWER, ImageText
+from evolora.backbones.image_text import ImageText
 from evolora.bench.pairs import remembered
 from evolora.bench.results import Value
 from evolora.bench.session import MIB, Session
@@ -28,8 +30,10 @@ from evolora.bench.timing import Variant
 from evolora.bench.towers import randomise, twin_of
 from evolora.config import build_method
 from evolora.methods.base import Method
+from evolora.methods.d_mole import FLOORS, DMoLEConfig
 from evolora.methods.lora import LoRAPerTaskConfig
 from evolora.randomness import StepRandom, generator
+from evolora.routing.selector import Helper
 from evolora.routing.task_keys import TaskKeySelectorConfig
 from evolora.streams.task import LabelSpace
 
@@ -38,8 +42,11 @@ WIDTH, HEADS, LAYERS = 192, 3, 6
 SIDE, PATCH = 64, 16
 PATCHES = (SIDE // PATCH) ** 2
 WORDS, IMAGE_TOKEN = 2048, 1
+VOCABULARY = 64
+"""Words and one picture, with noise, that a task's samples are made of: tasks differ."""
 QUESTION, ANSWER = 24, 6
 """Longest question (beside its image's tokens) and answer, in tokens."""
+HELPED = "d-mole, an earlier task helps every row"
 TEXTS = LabelSpace.of_texts(ANSWER)
 METHODS: Mapping[str, Callable[[], Any]] = {
     "lora-per-task, allocated by gradients": lambda: LoRAPerTaskConfig(
@@ -47,11 +54,19 @@ METHODS: Mapping[str, Callable[[], Any]] = {
         selector=TaskKeySelectorConfig(),
         allocation=GradientAllocationConfig(budget=0.5, sample=8),
     ),
+    "d-mole": lambda: _d_mole("threshold"),
+    HELPED: lambda: _d_mole("nearest"),
 }
 """Title -> settings of each method that is measured."""
 LAST = -1
 """Number of the samples of the task that is in training."""
 COLUMNS = ("step", "fastest step", "ms", "saved MiB", "peak MiB", "stored MiB", "trainable")
+
+
+class Shapes:
+    """A processor that is asked for the ids of its tokens alone."""
+
+    tokenizer = SimpleNamespace(bos_token_id=None, pad_token_id=0)
 
 
 def measure(session: Session) -> None:
@@ -71,12 +86,14 @@ def growth(session: Session, title: str, config: Any) -> float:
     s = session.settings
     model = llava(s, s.layers or s.either(LAYERS, 2))
     counts, rows = s.either(TASKS, QUICK_TASKS), s.batch or s.either(8, 2)
+    if title == HELPED:  # the first task has nobody before it
+        counts = (2, *counts[1:])
     note = f"{rows} pairs of an image and a question; r {config.r}; stored: all that must be kept"
     table = session.table(title, COLUMNS, note=note)
     variants = []
     first = row_of(counts[0])
     for count in counts:
-        method = taught(config, ImageText(twin_of(model), name="random"), s, count, rows)
+        method = taught(config, ImageText(twin_of(model), Shapes(), name="random"), s, count, rows)
         variants.append(step(row_of(count), method, first))
         stored = sum(tensor.nbytes for tensor in method.stored().values()) / MIB
         trained = sum(parameter.numel() for parameter in method.trainable().values())
@@ -92,6 +109,11 @@ def growth(session: Session, title: str, config: Any) -> float:
     for variant in variants:
         table.put(variant.name, ms=1000 * done.seconds(variant.name, "step"))
     return max(done.between((v.name, "step"), (first, "step")).median for v in variants)
+
+
+def _d_mole(helper: Helper) -> DMoLEConfig:
+    allocation = GradientAllocationConfig(floors=FLOORS, sample=8)
+    return DMoLEConfig(allocation=allocation, helper=helper)
 
 
 def row_of(count: int) -> str:
@@ -177,8 +199,7 @@ def finish(method: Method, task: int, batch: Batch, seed: int) -> None:
     if name is None:
         return
     with torch.no_grad():
-        encoded = method.backbone.encode_base(batch)
-        features = method.routing_features(batch, encoded)[name].cpu()
+        features = method.routing_features(batch)[1][name].cpu()
     half = len(features) // 2
     method.selector.learn(task, features[half:], features[:half], seed)
 
@@ -194,7 +215,8 @@ def samples(settings: Settings, rows: int, task: int, data: int) -> Batch:
     """
     draw = generator(settings.seed, "growth", data)
     longest = 1 + PATCHES + QUESTION
-    ids = torch.randint(2, WORDS, (rows, longest), generator=draw)
+    words = torch.randint(2, WORDS, (VOCABULARY,), generator=draw)
+    ids = words[torch.randint(VOCABULARY, (rows, longest), generator=draw)]
     lengths = torch.randint(QUESTION // 2, QUESTION + 1, (rows, 1), generator=draw)
     lengths[0] = QUESTION
     begin = QUESTION - lengths  # padding stands on the left
@@ -204,13 +226,15 @@ def samples(settings: Settings, rows: int, task: int, data: int) -> Batch:
     answers = torch.randint(2, WORDS, (rows, ANSWER), generator=draw)
     ends = torch.randint(2, ANSWER + 1, (rows, 1), generator=draw)
     ends[0] = ANSWER
-    pixels = torch.randn(rows, 1, 3, SIDE, SIDE, generator=draw)
+    pixels = torch.randn(1, 1, 3, SIDE, SIDE, generator=draw)
+    pixels = pixels + 0.5 * torch.randn(rows, 1, 3, SIDE, SIDE, generator=draw)
     device = settings.device
     inputs = {
         "input_ids": ids,
         "attention_mask": (place >= begin).long(),
         "answer_ids": answers.masked_fill(torch.arange(ANSWER) >= ends, NO_ANSWER),
         "pixel_values": pixels.to(settings.torch_dtype),
+        "words": ids.masked_fill(image | (place < begin), NO_ANSWER)[:, 1 + PATCHES :],
         "pixel_values number": torch.ones(rows, dtype=torch.long),
     }
     everywhere = torch.ones(rows, dtype=torch.bool, device=device)

@@ -11,6 +11,7 @@ learner itself: no task is told, and each input goes to the nearest one (never t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -143,11 +144,7 @@ class LoRALayer(SumLayer):
         out = super().forward(x, out, route, folded)
         if route.helpers is None or len(self.bank) == 0:
             return out
-        ids = route.helpers.clamp_min(0).unsqueeze(1)
-        gates = (route.helpers != BASE).unsqueeze(1).to(out.dtype)
-        if self.places is not None:
-            ids, here = self.places.of_rows(ids[:, 0])
-            gates = gates if here is None else gates * here.to(out.dtype)
+        ids, gates = self._helping(route, route.helpers)
         return mix(
             out,
             x,
@@ -160,6 +157,21 @@ class LoRALayer(SumLayer):
             formulation=self.formulation,
             inplace=True,
         )
+
+    def _helping(
+        self, route: Route, helpers: Tensor
+    ) -> tuple[Tensor | Sequence[int], Tensor | None]:
+        """Return the experts of the rows' helpers and their gates; one helper is looked up free."""
+        helped = (helpers != BASE).unsqueeze(1).to(torch.float32)
+        if len(route.helping) == 1:
+            task = route.helping[0]
+            own = task if self.places is None else self.places.of_task(task)
+            return ((), None) if own is None else ((own,), helped)
+        ids = helpers.clamp_min(0)
+        if self.places is None:
+            return ids.unsqueeze(1), helped
+        experts, here = self.places.of_rows(ids)
+        return experts, helped if here is None else helped * here
 
     def flops(self, tokens: int) -> int:
         """Return the extra FLOPs of one row of ``tokens`` tokens, of the newest task."""

@@ -54,7 +54,7 @@ METHODS: Mapping[str, Callable[[], Any]] = {
         selector=TaskKeySelectorConfig(),
         allocation=GradientAllocationConfig(budget=0.5, sample=8),
     ),
-    "d-mole": lambda: _d_mole("threshold"),
+    "d-mole, nobody helps": lambda: _d_mole("none"),
     HELPED: lambda: _d_mole("nearest"),
 }
 """Title -> settings of each method that is measured."""

@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager")
     parser.add_argument("--turns", type=int, default=3, help="most turns of a dialogue")
     parser.add_argument(
-        "--vision-share", type=float, default=0.1, help="of the rate, for the encoder; 0 freezes it"
+        "--vision-share", type=float, default=0.3, help="of the rate, for the encoder; 0 freezes it"
     )
     parser.add_argument("--questions", type=int, default=200, help="per format, for the scores")
     run_stage(parser, STAGES, NEEDED, words)

@@ -176,6 +176,9 @@ def test_texts_are_repeated_and_their_ends_found() -> None:
         question, answer = TEXT["ends"][1](text, draw) or ("", "")
         said = question[question.index(": ") + 2 : -1].split(", ")
         assert answer == said[0 if "first" in question else -1]
+        question, answer = TEXT["option"][1](text, draw) or ("", "")
+        if question.startswith("What is option"):
+            assert f"{question[15]}. {answer}" in question
         question, answer = TEXT["among"][1](text, draw) or ("", "")
         sought, said = re.match(r"Is (\w+) in this list: ([^?]*)", question).groups()  # type: ignore[union-attr]
         assert (sought in said.split(", ")) is (answer == "yes")

@@ -71,6 +71,7 @@ class Loop:
         """
         self.module, self.args, self.path = module, args, path
         groups = _groups(module, args.decay, shares or {})
+        self.shares = [group.pop("share") for group in groups]  # of this run, not the checkpoint's
         self.optimizer = torch.optim.AdamW(
             groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
@@ -102,8 +103,8 @@ class Loop:
         while (progress := self._progress()) < 1:
             warm = min(1.0, (self.step + 1) / self.args.warmup)
             cosine = 0.5 * (1 + math.cos(math.pi * progress))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.args.lr * group["share"] * warm * max(cosine, 0.01)
+            for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+                group["lr"] = self.args.lr * share * warm * max(cosine, 0.01)
             yield self.step
             self.step += 1
             if self.args.rank > 0:

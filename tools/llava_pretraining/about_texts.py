@@ -63,8 +63,21 @@ def _among(words: Words, draw: Random) -> Turn:
     return yes_no((form.format(there), form.format(missing)), draw)
 
 
+def _option(words: Words, draw: Random) -> Turn:
+    said = [words.name, *_some(words.others, 1, 4, draw)]
+    draw.shuffle(said)
+    letters = "ABCDE"[: len(said)]
+    place = draw.randrange(len(said))
+    if draw.random() < 0.5:
+        asks = ("Which option is {}?", "Which letter stands for {}?", "Where does it say {}?")
+        return options(draw.choice(asks).format(said[place]), said[place], said, draw)
+    lines = [f"{letter}. {word}" for letter, word in zip(letters, said, strict=True)]
+    return f"What is option {letters[place]}? {', '.join(lines)}", said[place]
+
+
 TEXT: Mapping[str, tuple[float, Callable[[Words, Random], Turn | None]]] = {
     "repeat": (3, _repeat),
+    "option": (3, _option),
     "like": (2, _like),
     "related": (1, _related),
     "ends": (1.5, _ends),

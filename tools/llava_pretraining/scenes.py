@@ -99,7 +99,7 @@ def draw_scene(draw: Random) -> Scene:
     """Returns a scene of one to six items; with more than three they are of one kind."""
     ground = draw.choice(GROUNDS)
     colors = [color for color in COLORS if color != ground]
-    count = draw.choice((1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6))
+    count = draw.choice((1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6))
     alike = count > 3 or draw.random() < 0.15
     kind = draw.choice(SHAPES), draw.choice(colors)
     longest = {1: 50, 2: 34, 3: 28}.get(count, 20)

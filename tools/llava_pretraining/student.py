@@ -26,7 +26,7 @@ from llava_pretraining.subjects import Subjects
 from llava_pretraining.words import ANSWER, BEGIN, END, IMAGE, PAD, POSITIONS, load_words
 
 LOG = logging.getLogger("pretrain_llava")
-THINGS, SCENES = 0.45, 0.3  # shares of a batch; the rest are texts alone
+THINGS, SCENES = 0.42, 0.33  # shares of a batch; the rest are texts alone
 HELD = 40  # every so many-th picture is kept for the scores
 PARTS = 2  # of a batch, by length
 NO_ANSWER = -100

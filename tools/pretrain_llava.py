@@ -11,10 +11,10 @@ Pictures and names are those of `pretrain_clip.py`: run its stage `prompts` firs
 
 With `--steps N` in place of `--minutes` a run is repeatable to the bit.
 
-  python tools/pretrain_clip.py  prompts --work W --corpus C --minilm M
-  python tools/pretrain_llava.py words   --work W --corpus C --minilm M
-  python tools/pretrain_llava.py train   --work W --corpus C --batch 64 --minutes 40
-  python tools/pretrain_llava.py export  --work W --corpus C --out src/evolora/assets/llava-tiny
+  python tools/pretrain_clip.py prompts --work W --corpus C --minilm M
+  python tools/pretrain_llava.py words --work W --corpus C --minilm M
+  python tools/pretrain_llava.py train --work W --corpus C --batch 64 --lr .0015 --minutes 50 --bf16
+  python tools/pretrain_llava.py export --work W --corpus C --out src/evolora/assets/llava-tiny
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Corpus:
         weights = per_name.rsqrt() * focus[self.names]
         for number, group in enumerate(head["groups"]):
             weights[groups == number] *= GROUP_SHARE[group] / weights[groups == number].sum()
-        self.weights = weights
+        self.weights, self.groups = weights, [head["groups"][group] for group in groups.tolist()]
         self.grey = torch.zeros(len(self.names), dtype=torch.bool)
         for start in range(0, len(self.images), 4096):
             block = self.images[start : start + 4096, ::4, ::4].astype(np.int16)
@@ -45,9 +45,17 @@ class Corpus:
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Returns pictures uint8 [b, 64, 64, 3], grey [b] and name indices [b]."""
+        rows = self.rows(size, generator)
+        return self.pictures(rows), self.grey[rows], self.names[rows]
+
+    def rows(self, size: int, generator: torch.Generator) -> Tensor:
+        """Returns drawn rows [b], in order: so is the file read."""
         rows = torch.multinomial(self.weights, size, replacement=True, generator=generator)
-        rows = rows.sort().values  # the file is read in order
-        return torch.from_numpy(self.images[rows.numpy()]), self.grey[rows], self.names[rows]
+        return rows.sort().values
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """Returns the pictures uint8 [b, 64, 64, 3] of rows [b]."""
+        return torch.from_numpy(self.images[rows.numpy()])
 
 
 def augment(pictures: Tensor, grey: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,8 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,24 @@ class Loop:
     repeatable to the bit, stopped and resumed or not. A run over time ends where the machine gets.
     """
 
-    def __init__(self, module: nn.Module, args: argparse.Namespace, path: Path) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        args: argparse.Namespace,
+        path: Path,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
+        """Resumes where the checkpoint is.
+
+        Args:
+            module: what is trained.
+            args: the options.
+            path: of the checkpoint.
+            shares: beginning of parameters' names -> which share of the rate they have.
+        """
         self.module, self.args, self.path = module, args, path
-        decay = [p for p in module.parameters() if p.ndim >= 2]
-        plain = [p for p in module.parameters() if p.ndim < 2]
-        groups = [{"params": decay, "weight_decay": args.decay}, {"params": plain}]
+        groups = _groups(module, args.decay, shares or {})
+        self.shares = [group.pop("share") for group in groups]  # of this run, not the checkpoint's
         self.optimizer = torch.optim.AdamW(
             groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
@@ -89,8 +103,8 @@ class Loop:
         while (progress := self._progress()) < 1:
             warm = min(1.0, (self.step + 1) / self.args.warmup)
             cosine = 0.5 * (1 + math.cos(math.pi * progress))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.args.lr * warm * max(cosine, 0.01)
+            for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+                group["lr"] = self.args.lr * share * warm * max(cosine, 0.01)
             yield self.step
             self.step += 1
             if self.args.rank > 0:
@@ -151,3 +165,23 @@ class Loop:
         temporary = self.path.with_suffix(".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.path)
+
+
+def _groups(module: nn.Module, decay: float, shares: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Returns the optimizer's groups: by share of the rate, matrices with decay, the rest without.
+
+    Parameters without a share have all of the rate and come first.
+    """
+    of = {
+        parameter: next((shares[start] for start in shares if name.startswith(start)), 1.0)
+        for name, parameter in module.named_parameters()
+    }
+    groups = []
+    for share in dict.fromkeys([1.0, *shares.values()]):
+        own = [parameter for parameter, found in of.items() if found == share]
+        decayed, plain = ([p for p in own if (p.ndim >= 2) is matrix] for matrix in (True, False))
+        groups += [
+            {"params": decayed, "share": share, "weight_decay": decay},
+            {"params": plain, "share": share},
+        ]
+    return [group for group in groups if group["params"]]

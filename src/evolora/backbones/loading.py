@@ -83,7 +83,7 @@ def load_backbone(
 ) -> Backbone:
     """Return a backbone from a hub name, a local folder or an embedded name.
 
-    Embedded are "clip-tiny" and "vilt-tiny".
+    Embedded are "clip-tiny", "vilt-tiny" and "llava-tiny".
 
     Args:
         name_or_path: where the model is.

@@ -310,7 +310,7 @@ class Learner:
         parts = []
         with self.reporter.bar("features", len(data)) as bar:
             for batch in self.batches(data, range(len(data))):
-                parts.append(self.method.routing_features(batch)[1][name].cpu())
+                parts.append(self.method.routing_features(batch, name)[1][name].cpu())
                 bar.advance(len(batch))
         return torch.cat(parts)
 

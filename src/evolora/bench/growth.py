@@ -200,8 +200,8 @@ def finish(method: Method, task: int, batch: Batch, seed: int) -> None:
         return
     with torch.no_grad():
         features = method.routing_features(batch)[1][name].cpu()
-    half = len(features) // 2
-    method.selector.learn(task, features[half:], features[:half], seed)
+    held_out = features[: max(1, len(features) // 2)]
+    method.selector.learn(task, features, held_out, seed)
 
 
 def samples(settings: Settings, rows: int, task: int, data: int) -> Batch:

@@ -338,10 +338,11 @@ class Method(nn.Module):
             return self.heads.among(embedding, labels, [task])
         return self.heads.among(embedding, labels, range(len(self.labels)))
 
-    def routing_features(self, batch: Batch) -> tuple[Encoded | None, dict[str, Tensor]]:
-        """Return (the base's pass if it was needed, the features the selector reads by name)."""
-        wanted = self.selector.feature
-        if wanted is None:
+    def routing_features(
+        self, batch: Batch, name: str | None = None
+    ) -> tuple[Encoded | None, dict[str, Tensor]]:
+        """Return (the base's pass if it was needed, features by name: the selector's, or this)."""
+        if (wanted := name or self.selector.feature) is None:
             return None, {}
         if wanted in self.backbone.apart_features:
             return None, self.backbone.base_results(batch, (wanted,))

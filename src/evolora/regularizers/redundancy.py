@@ -9,7 +9,7 @@ is the other again. For groups of one rank:
     w_cos      cosine(a_i, a_j)^2, of rows of A or of columns of B; needs no data
     f_corr     corr(z_i, z_j)^2 over tokens
     f_contrib  (K_ij / sqrt(K_ii K_jj))^2 with K_ij = E<u_i, u_j>, centred
-    f_dist     1 - JS(p_i, p_j) / ln 2: p over tokens of what is read, over outputs of what is written
+    f_dist     1 - JS(p_i, p_j) / ln 2: p over tokens where it reads, over outputs where it writes
     f_hsic     linear CKA of z_i and z_j
 
 and for groups of more ranks ||Q_i^T Q_j||_F^2 / size (Q orthonormal), ||C_ij||_F^2 / (||C_ii||_F

@@ -66,6 +66,7 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
         "streams": {
             *("mosaic/domains", "mosaic/missing", "mtil", "class-incremental", "folder", "csv"),
             *("image-text", "upmc-food101-cmml", "mm-imdb-cmml", "conversations"),
+            *("cmit", "coin", "ucit"),
         },
         "backbones": {"dual-encoder", "vilt", "image-text", "clip-tiny", "vilt-tiny"},
         "metrics": {"cider-d", "exact-match", "vqa-accuracy"},
@@ -91,6 +92,23 @@ def test_inspect_counts_the_class_incremental_model() -> None:
     assert found["totals"]["adapters_and_routers"] == 4_027_392 == found["trainable"][0]
 
 
+def test_inspect_counts_the_baseline_of_instruction_tuning() -> None:
+    words = ("inspect", "configs/sequential_lora/cmit.yaml", "--json")
+    found = json.loads(evolora(*words, cwd=ROOT).stdout)
+    assert found["tasks"] == 9 and set(found["trainable"]) == {5_505_024}
+
+
+def test_inspect_counts_d_mole_on_its_benchmark() -> None:
+    found = json.loads(evolora("inspect", "configs/d_mole/cmit.yaml", "--json", cwd=ROOT).stdout)
+    assert found["totals"]["autoencoder"] == 789_632
+    assert found["parameters"]["autoencoders"] == 9 * 789_632
+    for task, trainable in zip(found["allocation"]["tasks"], found["trainable"], strict=True):
+        blocks = {name.rpartition(".")[0] for name in task["experts"]}
+        language = sum(block.startswith("language") for block in blocks)
+        assert len(blocks) == 24
+        assert trainable == 789_632 + 3_145_728 + 196_608 * language  # 5,505,024 where it is 12
+
+
 def test_metrics_of_a_csv_and_an_npy(tmp_path: Path) -> None:
     matrix = np.array([[0.5, 0.4], [0.3, 0.9]])
     np.save(tmp_path / "m.npy", matrix)
@@ -102,6 +120,35 @@ def test_metrics_of_a_csv_and_an_npy(tmp_path: Path) -> None:
         assert values["last"] == pytest.approx(0.60)
         assert values["bwt"] == pytest.approx(-0.2)
         assert values["cmml_fg"] == pytest.approx(0.2) and values["cmml_last"] == 0.9
+
+
+def test_metrics_of_the_golden_matrix_of_instruction_tuning(tmp_path: Path) -> None:
+    (tmp_path / "m.txt").write_text("80 50 30\n70 90 40\n60 85 95\n")
+    found = json.loads(evolora("metrics", str(tmp_path / "m.txt"), "--json").stdout)
+    names = ("last", "bwt", "bwt_over_all", "average_incremental_accuracy", "avg", "avg_seen")
+    golden = (80.0, -12.5, -8.333, 80.0, 66.667, 84.167)
+    for name, value in zip(names, golden, strict=True):
+        assert 100 * found["metrics"][name] == pytest.approx(value, abs=5e-4)
+    assert "MAA" in found["definitions"]["average_incremental_accuracy"]
+    assert "avg_all" in found["definitions"]["avg"]
+    table = evolora("metrics", str(tmp_path / "m.txt")).stdout
+    assert "84.17" in table and "-8.33" in table
+
+
+def test_metrics_of_a_table_with_cider_above_100(tmp_path: Path) -> None:
+    rows = "caption,question\n151.36,20\n148.77,60.5\n"
+    (tmp_path / "m.csv").write_text(rows)
+    words = ("metrics", str(tmp_path / "m.csv"), "--json")
+    found = json.loads(evolora(*words, "--cider", "caption").stdout)["metrics"]
+    assert found["last"] == pytest.approx((1.4877 + 0.605) / 2)
+    assert found["bwt"] == pytest.approx(-0.0259)
+    refused = evolora(*words)
+    assert refused.returncode == 2 and "'151.36' is outside 0 to 100 (percent)" in refused.stderr
+    assert "CIDEr ends at 1000" in refused.stderr
+    misspelt = evolora(*words, "--cider", "captain")
+    assert misspelt.returncode == 2 and "did you mean 'caption'" in misspelt.stderr
+    (tmp_path / "m.csv").write_text("# cider: caption\n" + rows)
+    assert json.loads(evolora(*words).stdout)["metrics"] == found
 
 
 def test_data_missing_writes_a_manifest_that_a_stream_takes(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_every_fault_is_reported_at_once_with_its_path() -> None:
     ("value", "expected"),
     [
         ({"method": "moe-adapter"}, "unknown method 'moe-adapter'; did you mean 'moe-adapters'?"),
-        ({"method": None}, "method.type: missing (known: coda-prompt"),
+        ({"method": None}, "method.type: missing (known: branch-lora"),
         ({"method": {"r": 4}}, "method.type: missing"),
         ({"method": {"type": ["a"]}}, "method.type: unknown method ['a']"),
         ({"stream": None}, "stream.name: missing (known: "),

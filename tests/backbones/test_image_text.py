@@ -114,9 +114,14 @@ def test_an_answer_longer_than_the_limit_is_cut(backbone: ImageText) -> None:
     assert all(len(text.split()) <= 2 for text in texts)
 
 
+def all_features(backbone: ImageText, examples: list[Example]) -> dict[str, torch.Tensor]:
+    batch = backbone.collate(examples)
+    apart = backbone.base_results(batch, backbone.apart_features)
+    return {**backbone.encode_base(batch).features, **apart}
+
+
 def test_features_never_see_the_answer_and_miss_what_a_sample_lacks(backbone: ImageText) -> None:
-    batch = backbone.collate(samples())
-    features = backbone.encode_base(batch).features
+    features = all_features(backbone, samples())
     widths = backbone.feature_widths()
     assert {name: value.shape[-1] for name, value in features.items()} == widths
     missing = features["modalities"].isnan().all(dim=2)
@@ -124,11 +129,11 @@ def test_features_never_see_the_answer_and_miss_what_a_sample_lacks(backbone: Im
     lengths = features["modalities"].norm(dim=2)[~missing]
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
     other = [replace(example, label="blue blue blue") for example in samples()]
-    again = backbone.encode_base(backbone.collate(other)).features
+    again = all_features(backbone, other)
     for name, value in features.items():
         torch.testing.assert_close(value, again[name], equal_nan=True, atol=1e-5, rtol=1e-4)
     for row, example in enumerate(samples()):
-        alone = backbone.encode_base(backbone.collate([example])).features
+        alone = all_features(backbone, [example])
         for name, value in features.items():
             torch.testing.assert_close(
                 value[row], alone[name][0], equal_nan=True, atol=1e-4, rtol=1e-3
@@ -147,8 +152,13 @@ def test_sites_are_the_linears_of_every_tower(backbone: ImageText) -> None:
         backbone.sites("linear", target_modules=["q_prj"])
     with pytest.raises(ConfigError, match="unknown tower 'text'"):
         backbone.sites("linear", towers=["text"], target_modules=["q_proj"])
-    with pytest.raises(ConfigError, match="at Linears only"):
+    with pytest.raises(ConfigError, match=r"as whole MLPs in the language tower; .* 'mlp'"):
         backbone.sites("mlp")
+    whole = backbone.sites("ffn", layers=[-1])
+    assert [(site.name, site.d_in, site.d_out) for site in whole] == [("language.1.ffn", 32, 32)]
+    assert whole[0].mlp is not None and whole[0].mlp.gate is not None
+    with pytest.raises(ConfigError, match=r"in the language tower; .* 'ffn' in .'vision'"):
+        backbone.sites("ffn", towers=["vision"])
 
 
 def test_llava_has_no_site_in_the_vision_block_that_is_never_read() -> None:

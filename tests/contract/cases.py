@@ -17,8 +17,11 @@ from evolora.backbones.base import Batch
 from evolora.backbones.clip import DualEncoder
 from evolora.experts.bank import GrowingStack
 from evolora.learner import Learner
+from evolora.methods.branch_lora import BranchLoRAConfig
 from evolora.methods.coda_prompt import CodaPromptConfig
+from evolora.methods.d_mole import DMoLEConfig
 from evolora.methods.delo import DeLoConfig
+from evolora.methods.dyn_mole import DynMoLEConfig
 from evolora.methods.er import ERConfig
 from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
@@ -27,12 +30,14 @@ from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
 from evolora.methods.map import MapConfig
 from evolora.methods.moe_adapters import MoEAdaptersConfig
+from evolora.methods.moe_cl import MoECLConfig
+from evolora.methods.moe_lora import MoELoRAConfig
 from evolora.methods.rebq import RebQConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
-from evolora.routing.autoencoders import AutoEncoderTraining
+from evolora.routing.autoencoders import AutoEncoderTraining, UnitAutoEncoderTraining
 from evolora.routing.route import BASE
-from evolora.routing.selector import AutoEncoderSelectorConfig
+from evolora.routing.selector import AutoEncoderSelectorConfig, RecogniserConfig
 from evolora.training.config import TrainingConfig
 
 
@@ -76,7 +81,21 @@ CASES = {
     "er": Case(config=ERConfig(r=3, capacity=10)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
+    # Where gradients put experts is known only once data are there: every site has one here.
+    "d-mole": Case(
+        config=DMoLEConfig(
+            r=3,
+            allocation=None,
+            selector=RecogniserConfig(training=UnitAutoEncoderTraining(hidden=6, steps=60)),
+        ),
+        retains=True,
+        fresh=True,
+    ),
+    "moe-lora": Case(config=MoELoRAConfig(r=6, num_experts=3, lora_alpha=12.0, lora_dropout=0.1)),
+    # The first task uses both branches, so that both are frozen and it is retained exactly.
+    "branch-lora": Case(config=BranchLoRAConfig(r=3, num_branches=2), retains=True, fresh=True),
     "delo": Case(config=DeLoConfig(num_factors=4, r=2), retains=True, fresh=True),
+    "dyn-mole": Case(config=DynMoLEConfig(r=3, num_experts=4)),
     "map": Case(config=MapConfig(prompt_length=6, layers_to_transform=(0, 1)), prompts=True),
     "rebq": Case(
         config=RebQConfig(components_per_task=3, prompt_length=4, layers_to_transform=(0, 1)),
@@ -88,6 +107,8 @@ CASES = {
         settings={"learning_rate": 3e-2},
     ),
     "l2p": Case(config=L2PConfig(pool_size=4, top_k=2, prompt_length=2), prompts=True),
+    # Of the first task, which is what is asked, there is nothing to tell it from.
+    "moe-cl": Case(config=MoECLConfig(r=3, discriminator_memory=4), dead=("discriminator.active",)),
     # All that a task used is frozen here, so that retention is exact; the paper freezes two.
     "moe-adapters": Case(
         # every used expert is frozen, so a new router starts on experts that are still zero

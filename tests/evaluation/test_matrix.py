@@ -200,6 +200,23 @@ def test_cells_above_the_diagonal_may_be_empty(tmp_path):
     np.testing.assert_array_equal(np.isnan(matrix.values), np.triu(np.ones((3, 3), bool), 1))
 
 
+@pytest.mark.parametrize("scale", [1, 100])
+def test_tasks_judged_by_cider_end_at_ten_times_the_others(tmp_path, scale):
+    values = np.array([[1.5, 0.5, 0.2], [1.2, 0.9, 9.9], [10.0, 0.7, 3.0]])
+    np.savetxt(tmp_path / "m.csv", scale * values, delimiter=",", fmt="%.6f")
+    matrix = read_matrix(tmp_path / "m.csv", ["task 1", "task 3"])
+    np.testing.assert_allclose(matrix.values, values)
+    assert matrix.largest.tolist() == [10, 1, 10]
+    (tmp_path / "n.csv").write_text("#CIDEr: task 1, task 3\n" + (tmp_path / "m.csv").read_text())
+    np.testing.assert_allclose(read_matrix(tmp_path / "n.csv").values, values)
+    (tmp_path / "n.csv").write_text("# cider: task 1\n50,50,1\n1,1,1\n1,1,150\n")
+    with pytest.raises(DataError, match=r"'150' is outside 0 to 100 .*# cider: NAME"):
+        read_matrix(tmp_path / "n.csv")
+    matrix.save(tmp_path / "m.json")
+    with pytest.raises(DataError, match=r"a matrix\.json says itself"):
+        read_matrix(tmp_path / "m.json", ["task 1"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

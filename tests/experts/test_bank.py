@@ -173,3 +173,12 @@ def test_counting_needs_no_storage(ambient: bool) -> None:
     assert bank.frozen_ids() == [3, 5] and len(bank) == 23
     assert bank.A.active.is_meta and not bank.A.slot.is_meta
     assert bank.parameters_per_expert() == 99_136
+
+
+def test_experts_may_start_normal_as_coins_do() -> None:
+    bank = ExpertBank(400, 4, 50)
+    bank.grow(2, torch.Generator().manual_seed(0), std=0.01)
+    drawn = bank.A.active.detach()
+    assert abs(float(drawn.std()) - 0.01) < 2e-4
+    assert float(drawn.abs().max()) > 0.03  # further out than a uniform one would reach
+    assert not bank.B.active.any()

@@ -105,6 +105,25 @@ def test_experts_known_to_python_equal_the_loop(ids, gated, bottleneck) -> None:
             torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("bottleneck", [True, False])
+@pytest.mark.parametrize("formulation", [*FORMS, "shared"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_tokens_that_weigh_the_same_experts_equal_the_loop(listed, formulation, bottleneck) -> None:
+    dtype, tolerance = (torch.float32, 1e-5) if formulation == "grouped" else (torch.float64, 1e-10)
+    bank = make_bank(bottleneck, 5, [3, 0], dtype=dtype)
+    chosen = torch.tensor([[4, 0, 3]])
+    every = chosen.expand(3, TOKENS, 3)  # what is drawn has the shape of the ids: per token
+
+    def shared(out, x, bank, _, gates):
+        ids = tuple(chosen[0].tolist()) if listed else chosen
+        return mix(out, x, bank, ids, gates, formulation=formulation, inplace=True)
+
+    expected, _ = results(definition, bank, 3, every, True, 0)
+    got, _ = results(shared, bank, 3, every, True, 0)
+    for value, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance * 100)
+
+
 def test_the_grouped_product_is_tested_where_it_exists() -> None:
     """The shapes above must not fall back to segments unnoticed."""
     if not hasattr(torch.nn.functional, "grouped_mm"):

@@ -194,3 +194,29 @@ def test_chance_without_noise_is_the_choice_itself() -> None:
     assert routers(c, tasks).chance is None
     every = filled(k=4)(c, tasks, random=StepRandom(0), key="a", chance=True)
     assert torch.equal(every.chance, torch.ones(5, 4))
+
+
+def test_gates_may_stay_what_they_are_among_all() -> None:
+    ids, gates = top_k_softmax(ROWS, 2, renormalize=False)
+    assert ids.tolist() == [[2, 1], [3, 0]]
+    torch.testing.assert_close(gates, ROWS.softmax(dim=1).gather(1, ids))
+    routers = TaskRouters(3, 4, 2, renormalize=False)
+    routers.grow()
+    fresh = routers(torch.ones(1, 3), torch.zeros(1, dtype=torch.long))
+    assert fresh.gates.tolist() == [[0.25, 0.25]]
+    routers.widen(6)  # a router that knows four weighs four
+    again = routers(torch.ones(1, 3), torch.zeros(1, dtype=torch.long), uniform=0)
+    assert torch.equal(again.gates, fresh.gates) and torch.equal(again.ids, fresh.ids)
+
+
+def test_routers_without_noise_have_none() -> None:
+    routers = TaskRouters(3, 4, 2, noise=False)
+    routers.grow()
+    assert [name for name, _ in routers.named_parameters()] == ["gate.active"]
+    routers.gate.active.data.normal_(generator=torch.Generator().manual_seed(0))
+    c, tasks = torch.ones(5, 3), torch.zeros(5, dtype=torch.long)
+    plain, noisy = routers(c, tasks), routers(c, tasks, random=StepRandom(0), chance=True)
+    assert torch.equal(plain.gates, noisy.gates) and torch.equal(plain.ids, noisy.ids)
+    assert set(noisy.chance.unique().tolist()) == {0.0, 1.0}
+    routers.freeze()
+    assert routers.gate.frozen_ids() == [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from tests.backbones.writers import writer
 from evolora.config import parse_config
 from evolora.evaluation.inspection import inspect_config
 from evolora.learner import Learner
+from evolora.methods.branch_lora import BranchLoRAConfig
+from evolora.methods.dyn_mole import DynMoLEConfig
+from evolora.methods.moe_cl import MoECLConfig
+from evolora.methods.moe_lora import MoELoRAConfig
+from evolora.report import RunRecord
 from evolora.training.continual import ContinualRun
 
 
@@ -36,6 +42,7 @@ def run_of(tmp_path: Path) -> Any:
             "stream": {
                 "name": "conversations", "path": str(tmp_path / "data"), "metric": metric,
                 "max_new_tokens": 10, "order": ["colours", "captions"],
+                "answer_format": {"colours": "words:2"},
             },
             "backbone": {"name_or_path": str(model)},
             "training": {
@@ -45,7 +52,9 @@ def run_of(tmp_path: Path) -> Any:
             "evaluation": {"batch_size": 3},
         }
     )  # fmt: skip
-    return lambda: ContinualRun(config, tmp_path / "run")
+    return lambda method=None: ContinualRun(
+        config if method is None else replace(config, method=method), tmp_path / "run"
+    )
 
 
 def test_the_cost_of_a_run_is_counted_on_shapes(run_of: Any, tmp_path: Path) -> None:
@@ -67,6 +76,11 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     # an unlearned task goes to the base: it is what the base had before
     assert matrix.baseline is not None and matrix.values[0, 1] == matrix.baseline[1]
     assert 0.0 <= matrix.baseline[1] < matrix.values[1, 1] <= 10.0
+    routing = json.loads((tmp_path / "run" / "routing.json").read_text())
+    for after in routing["after"]:  # of the task that asks for a form
+        assert after["following"] == {"colours": 1.0} and after["normalised"] == {"colours": 1.0}
+    record = RunRecord.load(tmp_path / "run")
+    assert record.scores["following"] == record.scores["normalised"] == 1.0
     saved = json.loads((tmp_path / "run" / "run.json").read_text())
     assert saved["backbone"]["type"] == "image-text" and saved["finished"]
     again = run_of().run(resume=True)
@@ -74,3 +88,32 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     learner = Learner.from_pretrained(tmp_path / "run")
     answer = learner.predict(texts="green ? what is it ?", task="captions")[0]
     assert answer.label == "this is it : green bar ."
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        MoELoRAConfig(r=8, num_experts=4, lora_alpha=16.0, target_modules=("all-linear",)),
+        BranchLoRAConfig(r=4, lora_alpha=16.0, num_branches=3, target_modules=("all-linear",)),
+        DynMoLEConfig(r=4, lora_alpha=8.0, num_experts=3, target_modules=("all-linear",)),
+        MoECLConfig(r=4, discriminator_memory=4),
+    ],
+    ids=lambda method: method.type,
+)
+def test_what_a_mixture_stores_is_counted_before(method: Any, run_of: Any, tmp_path: Path) -> None:
+    run = run_of(method)
+    counted = inspect_config(run.config)
+    matrix = run.run()
+    assert matrix.baseline is not None and matrix.baseline.tolist() == [0.0, 0.0]
+    assert matrix.values[0, 0] == 1.0 and matrix.values[1, 1] > 1.0
+    assert counted.totals["stored"] == sum(
+        tensor.numel()
+        for name, tensor in run.learner.method.stored().items()
+        if tensor.is_floating_point() and not name.startswith("selector.")
+    )
+    again = run_of(method).run(resume=True)
+    assert (again.values == matrix.values).all()
+    learner = Learner.from_pretrained(tmp_path / "run")
+    answer = learner.predict(texts="green ? what is it ?")[0]
+    known = learner.method.routing == "task-free"
+    assert answer.task in ("captions", "colours") if known else answer.label

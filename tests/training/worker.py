@@ -24,6 +24,7 @@ from tests.conftest import ToyProcessor, toy_model, toy_task
 from evolora.allocation.settings import GradientAllocationConfig
 from evolora.backbones.clip import DualEncoder
 from evolora.config import EvaluationConfig, RunConfig
+from evolora.methods.d_mole import DMoLEConfig
 from evolora.methods.er import ERConfig
 from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
@@ -32,8 +33,8 @@ from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialL
 from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
-from evolora.routing.autoencoders import AutoEncoderTraining
-from evolora.routing.selector import AutoEncoderSelectorConfig
+from evolora.routing.autoencoders import AutoEncoderTraining, UnitAutoEncoderTraining
+from evolora.routing.selector import AutoEncoderSelectorConfig, RecogniserConfig
 from evolora.streams.task import Stream
 from evolora.training.config import TrainingConfig
 from evolora.training.continual import ContinualRun
@@ -55,6 +56,13 @@ TOY: dict[str, Any] = {
     "lora-per-task": LoRAPerTaskConfig(**LORA),
     "allocated-lora": LoRAPerTaskConfig(
         **LORA, allocation=GradientAllocationConfig(budget=4, sample=9)
+    ),
+    "d-mole": DMoLEConfig(
+        **LORA,
+        allocation=GradientAllocationConfig(budget=4, sample=9),
+        selector=RecogniserConfig(
+            quantile=1.0, margin=3.0, training=UnitAutoEncoderTraining(hidden=4, steps=20)
+        ),
     ),
     "full-finetuning": FullFinetuningConfig(),
     "linear-probe": LinearProbeConfig(),

@@ -59,6 +59,7 @@ class Backbone(FrozenModel):
         vision_summary: where the vector that speaks for a sample is, see :class:`Route`.
         input_names: of ``Batch.inputs``.
         kept_features: routing features of :meth:`base_pass`, beside "pooled".
+        apart_features: those that have a pass of their own and are made only where asked for.
         masked: whether a prefix has a mask.
         has_prefix: whether it can go on from activations below the experts at all.
         one_stream: image and text run in one sequence, whose places routes carry as ``spans``, and
@@ -71,6 +72,7 @@ class Backbone(FrozenModel):
     vision_summary: str = "first"
     input_names: tuple[str, ...] = ("pixel_values",)
     kept_features: tuple[str, ...] = ("layers",)
+    apart_features: tuple[str, ...] = ()
     masked: bool = False
     has_prefix: ClassVar[bool] = True
     one_stream: ClassVar[bool] = False
@@ -204,32 +206,30 @@ class Backbone(FrozenModel):
         NaN where the sample lacks it, "pooled" where the backbone has one modality only.
         """
         names = ("embedding", *self.kept_features) if features else ("embedding",)
-        if batch.known is None or self.has_other_weights:
-            with torch.no_grad(), self.host.disabled():
-                results = self.base_pass(batch, names)
-        else:
-            results = batch.known.memory.passes.fetch(
-                names,
-                batch.known.samples,
-                lambda rows: self._known_pass(batch.take(rows), names),
-                context=self.context(),
-            )
-        found = {name: value.to(self.device) for name, value in results.items()}
+        found = self.base_results(batch, names)
         embedding = found.pop("embedding")
-        if not features:
-            return Encoded(embedding=embedding)
         pooled = F.normalize(embedding, dim=-1)
-        routing = {"pooled": pooled, "modalities": pooled.unsqueeze(1), **found}
-        return Encoded(embedding=embedding, features=routing)
+        routing = {"pooled": pooled, "modalities": pooled.unsqueeze(1)} | found
+        return Encoded(embedding=embedding, features=routing if features else {})
 
-    @torch.no_grad()
-    def _known_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
-        with self.host.disabled():
-            return self.base_pass(batch, names)
+    def base_results(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return what :meth:`base_pass` makes of a batch; once, where samples are known."""
+
+        def run(part: Batch) -> Mapping[str, Tensor]:
+            with torch.no_grad(), self.host.disabled():
+                return self.base_pass(part, names)
+
+        known = None if self.has_other_weights else batch.known
+        if known is None:
+            return dict(run(batch))
+        results = known.memory.passes.fetch(
+            names, known.samples, lambda rows: run(batch.take(rows)), context=self.context()
+        )
+        return {name: value.to(self.device) for name, value in results.items()}
 
     @abstractmethod
     def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return the "embedding" (b, p) of the batch and those of the features that are named.
+        """Return those of the "embedding" (b, p) and the features of the batch that are named.
 
         It is called without gradient and with experts disabled.
         """
@@ -291,7 +291,7 @@ class Backbone(FrozenModel):
             return None
         if batch.prefix is not None:
             return batch.prefix
-        task = route.uniform if route.random is not None else None
+        task = route.alone if route.random is not None else None
         cut, known = self.host.lowest(self.cached_tower, task), batch.known
         if not cut or known is None or known.memory.prefixes is None or not self.host.enabled:
             return None

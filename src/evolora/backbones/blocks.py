@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolora.errors import ConfigError
+from evolora.errors import ConfigError, unknown_name
+from evolora.experts.feed_forward import FeedForward
 from evolora.experts.prompts import PromptSite
 from evolora.experts.sites import Site, SiteKind
 
@@ -38,6 +39,11 @@ VILT_LINEARS = {
 }
 """The same for a block of ViLT. Of two names for one Linear, the first names its site."""
 
+ALL_LINEAR = "all-linear"
+"""Target module that stands for every Linear of a block."""
+ACTIVATIONS = ("activation_fn", "intermediate_act_fn", "act_fn")
+"""What an MLP calls its activation: CLIP and SigLIP, ViLT, decoders."""
+
 ENTRIES = ("layernorm_before", "layer_norm1", "input_layernorm", "norm1")
 """What a block calls its first norm: ViLT and InternVL, CLIP and SigLIP, decoders, Qwen-VL."""
 
@@ -61,6 +67,18 @@ def block_indices(layers: Sequence[int] | None, depth: int, tower: str) -> list[
     return sorted({layer % depth for layer in layers})
 
 
+def named_linears(targets: Sequence[str], linears: Mapping[str, str]) -> list[str]:
+    """Return the names of the wanted Linears, of those that a block has.
+
+    Raises:
+        ConfigError: a name that it does not have.
+    """
+    for target in targets:
+        if target not in linears and target != ALL_LINEAR:
+            raise unknown_name("target module", target, (*linears, ALL_LINEAR))
+    return list(linears if ALL_LINEAR in targets else targets)
+
+
 def block_sites(
     block: nn.Module,
     kind: SiteKind,
@@ -75,7 +93,7 @@ def block_sites(
 
     Args:
         block: transformer block.
-        kind: beside its MLP, or at its Linears.
+        kind: beside its MLP, in place of it, or at its Linears.
         tower: it is in.
         index: of the block.
         linears: name of a Linear -> where it is.
@@ -98,6 +116,12 @@ def block_sites(
                 d_out=width,
             )
         ]
+    if kind == "ffn":
+        up: Any = block.get_submodule(linears["fc1"])
+        down: Any = block.get_submodule(linears["fc2"])
+        owner = block.get_submodule(linears["fc1"].rpartition(".")[0])
+        parts = FeedForward(up=up, down=down, activation=activation_of(owner))
+        return [feed_forward_site(tower, index, parts)]
     found = []
     for path in dict.fromkeys(linears[target] for target in targets):
         linear: Any = block.get_submodule(path)
@@ -117,6 +141,28 @@ def linear_site(tower: str, index: int, name: str, linear: nn.Linear) -> Site:
         d_in=linear.in_features,
         d_out=linear.out_features,
     )
+
+
+def feed_forward_site(tower: str, index: int, parts: FeedForward) -> Site:
+    """Return the site of experts that are whole MLPs in block ``index`` of a tower."""
+    return Site(
+        tower=tower,
+        layer=index,
+        name=f"{tower}.{index}.ffn",
+        kind="ffn",
+        module=parts.down,
+        d_in=parts.up.in_features,
+        d_out=parts.down.out_features,
+        mlp=parts,
+    )
+
+
+def activation_of(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the activation of an MLP."""
+    found: Callable[[Tensor], Tensor] = next(
+        getattr(mlp, name) for name in ACTIVATIONS if hasattr(mlp, name)
+    )
+    return found
 
 
 def prompt_site(block: nn.Module, tower: str, index: int) -> PromptSite:

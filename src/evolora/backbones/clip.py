@@ -19,13 +19,14 @@ from evolora.backbones.blocks import (
     block_indices,
     block_sites,
     layer_statistics,
+    named_linears,
     outputs_of,
     statistic_layers,
 )
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.pixels import mean_std, normalized
 from evolora.backbones.prompts import PromptEncoder, pooled
-from evolora.errors import ConfigError, unknown_name
+from evolora.errors import ConfigError
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom
 from evolora.registry import BACKBONES
@@ -73,9 +74,7 @@ class DualEncoder(PromptBackbone):
         """Return MLP or Linear sites; see :class:`evolora.experts.sites.Site`."""
         wanted = tuple(towers or self.towers)
         self.check_towers(wanted)
-        for target in target_modules:
-            if target not in LINEARS:
-                raise unknown_name("target module", target, LINEARS)
+        targets = named_linears(target_modules, LINEARS)
         found: list[Site] = []
         for tower in wanted:
             blocks: Any = getattr(self.model, f"{tower}_model").encoder.layers
@@ -86,7 +85,7 @@ class DualEncoder(PromptBackbone):
                     tower,
                     index,
                     linears=LINEARS,
-                    targets=target_modules,
+                    targets=targets,
                     mlp=("mlp", "layer_norm2"),
                 )
         return found
@@ -151,7 +150,7 @@ class DualEncoder(PromptBackbone):
         prefix = self.known_prefix(batch, route)
         if prefix is not None:
             return self._go_on(prefix.hidden, prefix.cut)
-        lowest = self.host.lowest("vision", route.uniform)
+        lowest = self.host.lowest("vision", route.alone)
         if batch.known and not self.has_other_weights and lowest is None:
             return self.encode_base(batch, features=False).embedding
         return self._image_embedding(batch)

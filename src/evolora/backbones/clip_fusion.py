@@ -160,7 +160,7 @@ class ClipFusion(Backbone):
         sides: list[Tensor] = []
         base: Tensor | None = None
         for side, tower in TOWERS.items():
-            if known and self.host.lowest(tower, route.uniform) is None:
+            if known and self.host.lowest(tower, route.alone) is None:
                 if base is None:
                     base = self.encode_base(batch, features=False).embedding
                 start = len(sides) * self.encoder.width

@@ -88,6 +88,20 @@ class Dialogues:
             )
         return {**found, "input_ids": ids}
 
+    @property
+    def first_token(self) -> int | None:
+        """Token that every text begins with, or None."""
+        first = self.tokenizer.bos_token_id
+        return None if first is None else int(first)
+
+    def words(self, example: Example) -> Tensor | None:
+        """Return the tokens (m,) of the user's last turn as text alone, or None without words."""
+        parts = _content(_turns(example)[-1])
+        text = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        first = [] if self.first_token is None else [self.first_token]
+        return torch.tensor([*first, *ids], dtype=torch.int32) if ids else None
+
     def answer(self, example: Example) -> Tensor | None:
         """Return the tokens (a,) of a sample's answer with the end token, or None without one.
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from evolora.backbones.blocks import activation_of
 from evolora.errors import ConfigError, suggest
+from evolora.experts.feed_forward import FeedForward
 
 VISION, PROJECTION, LANGUAGE = "vision", "projection", "language"
 
@@ -70,6 +72,9 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ConfigError: it is of none, or has no head that writes.
     """
+    own = getattr(model, "family", None)
+    if isinstance(own, Family):  # a model of a shape table
+        return own
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
     if kind not in FAMILIES:
         raise ConfigError(
@@ -114,3 +119,24 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
             words = path.split(".")
             found[".".join(words[-2:]) if words[-1].isdigit() else words[-1]] = module
     return found
+
+
+def gated_mlp_of(block: nn.Module) -> FeedForward:
+    """Return the gated MLP of a decoder's block: down(act(gate x) * up x).
+
+    Raises:
+        ConfigError: it has none.
+    """
+    for module in block.modules():
+        parts: dict[str, Any] = dict(module.named_children())
+        if {"gate_proj", "up_proj", "down_proj"} <= parts.keys():
+            return FeedForward(
+                up=parts["up_proj"],
+                down=parts["down_proj"],
+                gate=parts["gate_proj"],
+                activation=activation_of(module),
+            )
+    raise ConfigError(
+        f"{type(block).__name__} has no MLP of gate_proj, up_proj and down_proj, which experts "
+        "that are whole MLPs need"
+    )

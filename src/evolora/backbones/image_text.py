@@ -26,7 +26,9 @@ from torch.nn import functional as F
 
 from evolora.backbones.base import Batch, TextBackbone
 from evolora.backbones.blocks import (
+    ALL_LINEAR,
     block_indices,
+    feed_forward_site,
     layer_statistics,
     linear_site,
     outputs_of,
@@ -39,21 +41,22 @@ from evolora.backbones.families import (
     VISION,
     blocks_of,
     family_of,
+    gated_mlp_of,
     linears_of,
     read_blocks,
 )
 from evolora.backbones.frozen import ModelFunction, config_of
+from evolora.backbones.max_pooled import MAX_POOLED, NOTHING, max_pooled, width
 from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.experts.sites import Site, SiteKind
 from evolora.randomness import StepRandom, derive_seed
 from evolora.registry import BACKBONES
-from evolora.routing.route import Route
+from evolora.routing.route import Decisions, Route
 from evolora.routing.spans import TokenSpans
 from evolora.streams.task import Example
 
 TEXT_LENGTH = 2048
 """Longest prompt in tokens where nothing else is said and the model takes as many."""
-ALL_LINEAR = "all-linear"
 NO_ANSWER = -100
 SQUARE = 448
 
@@ -75,6 +78,7 @@ class ImageText(TextBackbone):
     cached_tower = LANGUAGE
     modalities = ("image", "text")
     kept_features = ("layers", "modalities")
+    apart_features = (MAX_POOLED,)
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class ImageText(TextBackbone):
         self.dialogues = Dialogues(processor, self.image_token, self.text_length)
         counts = tuple(f"{pixels} number" for pixels in self.family.pixels)
         self.input_names = (
-            *("input_ids", "attention_mask", "answer_ids"),
+            *("input_ids", "attention_mask", "answer_ids", "words"),
             *self.family.pixels,
             *counts,
         )
@@ -120,16 +124,23 @@ class ImageText(TextBackbone):
         layers: Sequence[int] | None = None,
         target_modules: Sequence[str] = (),
     ) -> list[Site]:
-        """Return Linear sites; a name is taken in every tower that has it, "all-linear" is all.
+        """Return Linear sites, or the language model's whole MLPs ("ffn").
+
+        The name of a Linear is taken in every tower that has it, "all-linear" is all.
 
         Raises:
             ConfigError: an unknown tower, a name that no chosen tower has, or another kind.
         """
+        self.check_towers(towers)
+        if kind == "ffn" and set(towers or (LANGUAGE,)) == {LANGUAGE}:
+            decoder = self.blocks(LANGUAGE)
+            places = block_indices(layers, len(decoder), LANGUAGE)
+            return [feed_forward_site(LANGUAGE, at, gated_mlp_of(decoder[at])) for at in places]
         if kind != "linear":
             raise ConfigError(
-                f"{type(self).__name__} has experts at Linears only; this method asks for {kind!r}"
+                f"{type(self).__name__} has experts at Linears, and as whole MLPs in the language "
+                f"tower; this method asks for {kind!r}" + (f" in {towers}" if towers else "")
             )
-        self.check_towers(towers)
         found: list[Site] = []
         known: set[str] = {ALL_LINEAR}
         for tower in [tower for tower in self.towers if towers is None or tower in towers]:
@@ -159,8 +170,8 @@ class ImageText(TextBackbone):
     ) -> Mapping[str, Tensor]:
         """Return {"text": tokens (n,), "image": what the encoder takes, "answer": tokens (a,)}.
 
-        Tokens of a sample without text are called "prompt". Images are the processor's, and never
-        augmented: an answer may say where something is.
+        Tokens of a sample without text are called "prompt"; "words" are those of the text alone.
+        Images are the processor's, and never augmented: an answer may say where something is.
         """
         self.check_modalities(example)
         found = self.dialogues.prompt(example)
@@ -169,15 +180,16 @@ class ImageText(TextBackbone):
             if name in found:
                 value = found[name][0] if self.family.nested else found[name]
                 prepared["image" if name == "pixel_values" else name] = value
-        answer = self.dialogues.answer(example)
-        return prepared if answer is None else {**prepared, "answer": answer}
+        more = {"answer": self.dialogues.answer(example), "words": self.dialogues.words(example)}
+        return {**prepared, **{name: value for name, value in more.items() if value is not None}}
 
     def inputs_of(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return token ids and mask (b, n), answers (b, a), and images (b, k, ...) with their k."""
+        """Return token ids and mask (b, n), answers (b, a), words, images (b, k, ...), their k."""
         prompts = [one["text"] if "text" in one else one["prompt"] for one in prepared]
         ids, mask = padded_left(prompts, self._padding)
         answers = padded_right([one.get("answer") for one in prepared], NO_ANSWER)
-        inputs = {"input_ids": ids, "attention_mask": mask, "answer_ids": answers}
+        words = padded_right([one.get("words") for one in prepared], NOTHING)
+        inputs = {"input_ids": ids, "attention_mask": mask, "answer_ids": answers, "words": words}
         for name in self.family.pixels:
             key = "image" if name == "pixel_values" else name
             inputs[name], inputs[f"{name} number"] = stacked([one.get(key) for one in prepared])
@@ -223,18 +235,21 @@ class ImageText(TextBackbone):
     @torch.no_grad()
     def write(self, batch: Batch, route: Route, max_new_tokens: int) -> list[str]:
         """Return the answer of each row, greedy; it ends at an end token or at the limit."""
-        self._place(batch, route)
+        self._place(batch, replace(route, decisions=Decisions()))
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
         ends = self._end_tokens
-        tokens: Tensor = self.call(
-            self._generate,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self._padding,
-            eos_token_id=ends,
-            **self._model_inputs(batch, ids, mask, positions=False),
-        )
+        try:
+            tokens: Tensor = self.call(
+                self._generate,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self._padding,
+                eos_token_id=ends,
+                **self._model_inputs(batch, ids, mask, positions=False),
+            )
+        finally:  # what was decided is of this generation
+            self._place(batch, route)
         texts = []
         for row in tokens[:, ids.shape[1] :].tolist():
             end = next((place for place, token in enumerate(row) if token in ends), len(row))
@@ -247,12 +262,17 @@ class ImageText(TextBackbone):
         return _mean(self._prompt_states(batch), spans.mask)
 
     def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return the "embedding" and the wanted features of prompts; an answer is never seen.
+        """Return those of the results that are named, of prompts; an answer is never seen.
 
         "modalities": unit vectors (b, 2, d): mean of what the projection made of the images, and
         mean of the last states at the prompt's other tokens; NaN where the sample lacks it.
         "layers": statistics of the prompt at four depths of the language model.
+        "max-pooled": see :mod:`evolora.backbones.max_pooled`.
         """
+        apart = {name: max_pooled(self, batch) for name in names if name == MAX_POOLED}
+        return apart if len(apart) == len(names) else {**apart, **self._whole_pass(batch, names)}
+
+    def _whole_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
         spans = self._spans(batch)
         blocks = self.blocks(LANGUAGE)
         depths = statistic_layers(1 + len(blocks))
@@ -281,10 +301,10 @@ class ImageText(TextBackbone):
         return {LANGUAGE: int(self.config.text_config.hidden_size)}
 
     def feature_widths(self) -> dict[str, int]:
-        """Return the widths of "pooled", "layers" and (per modality) "modalities"."""
+        """Return the widths of "pooled", "layers", "max-pooled" and (of each) "modalities"."""
         depths = statistic_layers(1 + len(self.blocks(LANGUAGE)))
         widths = dict.fromkeys(("pooled", "modalities"), self.width)
-        return {**widths, "layers": 2 * len(depths) * self.width}
+        return {**widths, "layers": 2 * len(depths) * self.width, MAX_POOLED: width(self)}
 
     def describe(self) -> dict[str, Any]:
         """Return class, name and prompt limit, for the artefact."""
@@ -389,9 +409,11 @@ class ImageText(TextBackbone):
         of = {"image": images & real, "text": ~images & real}
         everywhere = torch.ones(len(batch), dtype=torch.bool, device=real.device)
         present = [batch.present.get(modality, everywhere) for modality in self.modalities]
+        given = batch.inputs["answer_ids"][:, :more] != NO_ANSWER
         return TokenSpans(
             {name: F.pad(where, (0, more)) for name, where in of.items()},
             torch.stack(present, dim=1),
+            answer=F.pad(given, (real.shape[1], more - given.shape[1])) if more else None,
         )
 
     def _place(self, batch: Batch, route: Route, more: int = 0) -> TokenSpans:

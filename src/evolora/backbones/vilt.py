@@ -26,6 +26,7 @@ from evolora.backbones.blocks import (
     block_indices,
     block_sites,
     layer_statistics,
+    named_linears,
     outputs_of,
     run_block,
     statistic_layers,
@@ -33,7 +34,7 @@ from evolora.backbones.blocks import (
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.pixels import mean_std, normalized
 from evolora.backbones.texts import interpolated, longest, padded, token_ids
-from evolora.errors import ConfigError, unknown_name
+from evolora.errors import ConfigError
 from evolora.experts.sites import Site, SiteKind
 from evolora.registry import BACKBONES
 from evolora.routing.route import Route
@@ -101,9 +102,7 @@ class Vilt(Backbone):
     ) -> list[Site]:
         """Return MLP or Linear sites; the Linears go by ViLT's names or by CLIP's."""
         self.check_towers(towers)
-        for target in target_modules:
-            if target not in VILT_LINEARS:
-                raise unknown_name("target module", target, VILT_LINEARS)
+        targets = named_linears(target_modules, VILT_LINEARS)
         blocks = self.blocks(TOWER)
         found: list[Site] = []
         for index in block_indices(layers, len(blocks), TOWER):
@@ -113,7 +112,7 @@ class Vilt(Backbone):
                 TOWER,
                 index,
                 linears=VILT_LINEARS,
-                targets=target_modules,
+                targets=targets,
                 mlp=("output", "layernorm_after"),  # this "output" adds the residual by itself
             )
         return found
@@ -211,7 +210,7 @@ class Vilt(Backbone):
             tokens = prefix.mask[:, : self.text_length]
             self.host.set_route(TOWER, replace(route, spans=self._cut(batch, tokens)))
             return self._go_on(prefix)
-        lowest = self.host.lowest(TOWER, route.uniform)
+        lowest = self.host.lowest(TOWER, route.alone)
         if batch.known and not self.has_other_weights and lowest is None:
             return self.encode_base(batch, features=False).embedding
         inputs = dict(batch.inputs)

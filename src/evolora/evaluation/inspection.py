@@ -22,7 +22,8 @@ from evolora.allocation.value import Allocation
 from evolora.assets import ROOT, embedded_backbone
 from evolora.backbones.base import Backbone
 from evolora.backbones.families import FAMILIES
-from evolora.backbones.loading import wrap_model
+from evolora.backbones.loading import AUTO, wrap_model
+from evolora.backbones.shapes import ShapeModel
 from evolora.config import BackboneConfig, RunConfig, build_method, load_stream, parse_config
 from evolora.errors import ConfigError, DataError
 from evolora.evaluation.training_cost import TowerTraining, base_flops, training_cost
@@ -37,12 +38,16 @@ PARTS = {
     "/answer.": "prompts",
     "/pooler.": "tuned_weights",
     ".bank.": "experts",
+    ".trunk.": "experts",
+    ".router.": "gates",
     ".routers.": "gates_and_noise",
     ".pools.": "adapters",
     "heads.": "heads",
     "vectors.": "class_vectors",
     "tuned.": "tuned_weights",
     "elastic.": "importance",
+    ".discriminator.": "discriminators",
+    ".memory.": "remembered_features",
 }
 """Mark in a tensor's name -> part it is counted under."""
 
@@ -178,9 +183,11 @@ def meta_backbone(wanted: BackboneConfig) -> Backbone:
 
     name = wanted.name_or_path
     shape = ROOT / "shapes" / f"{name.replace('/', '--')}.json"
+    values = json.loads(shape.read_text(encoding="utf-8")) if shape.exists() else {}
+    if "table" in values:
+        return _shape_table(wanted, values)
     try:
-        if shape.exists():
-            values = json.loads(shape.read_text(encoding="utf-8"))
+        if values:
             config: Any = AutoConfig.for_model(**values)
         else:
             config = AutoConfig.from_pretrained(str(embedded_backbone(name) or name))
@@ -196,6 +203,14 @@ def meta_backbone(wanted: BackboneConfig) -> Backbone:
     with torch.device("meta"):
         model: nn.Module = build(config)
     return wrap_model(model, name=name, type=wanted.type, text_length=wanted.text_length)
+
+
+def _shape_table(wanted: BackboneConfig, table: Mapping[str, Any]) -> Backbone:
+    """Return a backbone of a table's shape, which no stock class has."""
+    with torch.device("meta"):
+        model = ShapeModel(table)
+    type = table["table"] if wanted.type == AUTO else wanted.type
+    return wrap_model(model, name=wanted.name_or_path, type=type, text_length=wanted.text_length)
 
 
 def _trainable(method: Method) -> int:
@@ -252,6 +267,7 @@ def _sites(method: Method, backbone: Backbone) -> list[SiteCost]:
 def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
     """Return a label space per task: of the published counts where the data need not be there."""
     from evolora.streams.cmml import BENCHMARKS
+    from evolora.streams.instruction_sets import SETS
 
     counts: list[int] | None = None
     name = str(config.stream["name"])
@@ -269,6 +285,8 @@ def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
         counts = [1] * (int(config.stream["steps"]) + bool(config.stream.get("base_classes")))
     elif name in BENCHMARKS:
         counts = [BENCHMARKS[name].classes] * BENCHMARKS[name].tasks
+    elif name in SETS:
+        return [LabelSpace.of_texts() for _ in config.stream.get("order") or SETS[name].tasks]
     if counts is None:
         options = {key: value for key, value in config.stream.items() if key != "name"}
         return [task.labels for task in load_stream(name, **options)]

@@ -185,11 +185,11 @@ class Matrix:
         return scores
 
 
-def read_matrix(path: str | Path) -> Matrix:
+def read_matrix(path: str | Path, cider: Sequence[str] = ()) -> Matrix:
     """Return the matrix in a .csv, .npy or .json file; rules: `matrix_file.read_matrix`."""
     from evolora.evaluation import matrix_file  # it needs Matrix: imported when both are complete
 
-    return matrix_file.read_matrix(path)
+    return matrix_file.read_matrix(path, cider)
 
 
 def _nulls(row: Scores) -> list[float | None]:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import csv
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from evolora.errors import DataError, suggest
+from evolora.errors import DataError, suggest, unknown_name
 from evolora.evaluation.matrix import Matrix
 
 READABLE = (".csv", ".tsv", ".txt", ".npy", ".json")
+LARGEST_CIDER = 10.0
+CIDER_HINT = "; CIDEr ends at 1000: say which tasks it judges (--cider NAME, or '# cider: NAME')"
+_CIDER = re.compile(r"^\s*#\s*cider\s*:(.*)$", re.IGNORECASE)
 _LARGEST_FILE = 64 * 2**20  # bytes; a matrix of 1,000 tasks needs less than a third of it
 _NOT_EVALUATED = {"", "nan", "na", "n/a", "-", "--", "none", "null"}
 _BASELINE_NAMES = {"baseline", "zero-shot", "zero shot", "zero_shot", "before", "before learning"}
 _DECIMAL_COMMA = re.compile(r"^[+-]?\d+,\d+%?$")
 
 
-def read_matrix(path: str | Path) -> Matrix:
+def read_matrix(path: str | Path, cider: Sequence[str] = ()) -> Matrix:
     """Return the matrix in a text table, a ``.npy`` array or a run's ``matrix.json``.
 
     A table has one line per learned task and one column per tested task, both in learning order;
@@ -32,8 +36,17 @@ def read_matrix(path: str | Path) -> Matrix:
     fractions. A percent table without a value above 1 must therefore be written as fractions.
     Cells may be empty (or "nan", "-") only above the diagonal: tasks not yet learned.
 
+    CIDEr ends at 10, or 1000 percent. Which tasks are judged by it is said by a comment line
+    ("# cider: textcaps, flickr30k") or by ``cider``; all others end at 1.
+
+    Args:
+        path: the file.
+        cider: names of tasks judged by CIDEr, beside those that the file names; "task 1" is the
+            first one's where the file has no names. A matrix.json knows them itself.
+
     Raises:
         DataError: the file is missing or no square matrix; names the row, column and text at fault.
+        ConfigError: no such task.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -45,10 +58,12 @@ def read_matrix(path: str | Path) -> Matrix:
     if path.stat().st_size > _LARGEST_FILE:
         raise DataError(f"{path}: {path.stat().st_size:,} bytes is too large for a matrix")
     if suffix == ".json":
+        if cider:
+            raise DataError(f"{path}: a matrix.json says itself which tasks are judged by CIDEr")
         return Matrix.load(path)
     try:
         table = _read_npy(path) if suffix == ".npy" else _read_text(path)
-        return table.matrix()
+        return table.matrix(cider)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except OSError as error:
@@ -65,36 +80,47 @@ class _Table:
     tasks: list[str] | None = None
     baseline: list[float] | None = None
     percent: bool = False
+    cider: list[str] = field(default_factory=list)
 
     def where(self, i: int, j: int) -> str:
         line = f" (line {self.lines[i]})" if self.lines else ""
         text = f": {self.texts[i][j]!r}" if j < len(self.texts[i]) else ""
         return f"row {i + 1}, column {j + 1}{line}{text}"
 
-    def matrix(self) -> Matrix:
+    def matrix(self, cider: Sequence[str]) -> Matrix:
         self._check_square()
         values = np.asarray(self.numbers, dtype=np.float64)
-        first = np.asarray(self.baseline or [], dtype=np.float64)
-        everything = np.concatenate([values.ravel(), first])
-        percent = self.percent or bool((everything[np.isfinite(everything)] > 1).any())
-        top, unit = (100.0, "percent") if percent else (1.0, "a fraction")
+        names = self.tasks or [f"task {j + 1}" for j in range(len(values))]
+        judged = [*cider, *self.cider]
+        for name in judged:
+            if name not in names:
+                raise unknown_name("task judged by CIDEr", name, names)
+        largest = np.array([LARGEST_CIDER if name in judged else 1.0 for name in names])
+        first = None if self.baseline is None else np.asarray(self.baseline, dtype=np.float64)
+        everything = values if first is None else np.vstack([values, first])
+        percent = self.percent or bool(((everything > largest) & np.isfinite(everything)).any())
+        scale, unit = (100.0, "percent") if percent else (1.0, "a fraction")
         for i, j in np.ndindex(values.shape):
-            value = values[i, j]
+            value, top = values[i, j], scale * largest[j]
             if math.isnan(value) and j <= i:
                 raise DataError(
                     f"{self.where(i, j)} is not a score; cells may be empty only above the "
                     "diagonal (tasks not yet learned)"
                 )
             if not math.isnan(value) and not 0 <= value <= top:
-                raise DataError(f"{self.where(i, j)} is outside 0 to {top:g} ({unit})")
-        if first.size and not ((first >= 0) & (first <= top)).all():
-            raise DataError(f"the baseline line has a cell outside 0 to {top:g}: {self.baseline}")
-        size = len(values)
+                hint = CIDER_HINT if 100 < value <= 100 * LARGEST_CIDER else ""
+                raise DataError(f"{self.where(i, j)} is outside 0 to {top:g} ({unit}){hint}")
+        if first is not None and not ((first >= 0) & (first <= scale * largest)).all():
+            raise DataError(
+                f"the baseline line has a cell outside 0 to {scale:g} (CIDEr: ten times that): "
+                f"{self.baseline}"
+            )
         return Matrix(
-            tasks=tuple(self.tasks or [f"task {j + 1}" for j in range(size)]),
-            values=values / top,
-            counts=np.zeros(size, dtype=np.int64),
-            baseline=first / top if first.size else None,
+            tasks=tuple(names),
+            values=values / scale,
+            counts=np.zeros(len(values), dtype=np.int64),
+            baseline=None if first is None else first / scale,
+            largest=largest,
         )
 
     def _check_square(self) -> None:
@@ -141,6 +167,7 @@ def _read_text(path: Path) -> _Table:
     ]
     if not numbered:
         raise DataError("is empty")
+    said = [found.group(1) for line in content.splitlines() if (found := _CIDER.match(line))]
     lines = [number for number, _ in numbered]
     cells = _split([line for _, line in numbered])
     header = cells.pop(0) if _is_header(cells[0]) else None
@@ -152,6 +179,7 @@ def _read_text(path: Path) -> _Table:
         texts=cells,
         lines=lines,
         percent=any(cell.endswith("%") for row in cells for cell in row),
+        cider=[name.strip() for names in said for name in names.split(",") if name.strip()],
     )
     table.numbers = [
         [_number(table, i, j) for j in range(len(row))] for i, row in enumerate(table.texts)

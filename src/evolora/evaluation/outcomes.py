@@ -126,11 +126,12 @@ def _answer(
     free = method.answer(batch, encoded, found, labels).scores
     if method.routing == "none":
         return {TASK_FREE: free}, None
-    right = found == method.expert_task(index)
+    right = found.tasks == method.expert_task(index)
     wrong = torch.nonzero(~right)[:, 0]
     told = free.clone()  # a task that was recognised answers as one that is told
     if len(wrong):
-        tasks = found.new_full((len(wrong),), method.expert_task(index))
+        others = batch.take(wrong)
+        tasks = method.told(others, method.expert_task(index))[1]
         base = encoded.take(wrong) if encoded else None
-        told[wrong] = method.answer(batch.take(wrong), base, tasks, labels).scores
+        told[wrong] = method.answer(others, base, tasks, labels).scores
     return {TASK_FREE: free, ORACLE: told}, right

@@ -27,12 +27,19 @@ class Evaluation:
         samples: number of test samples.
         routes: who answered ("base", a task's name, "shared") -> number of samples.
         by_case: the score over complete samples and over those that lack a modality.
+        following: share of generated answers in the format that was asked for; None where the task
+            names none.
+        normalised: accuracy of generated answers whatever their form, see
+            :mod:`evolora.evaluation.answers.formats`; None as above and where the metric is not
+            exact.
     """
 
     score: float
     samples: int
     routes: Mapping[str, int]
     by_case: Mapping[str, float]
+    following: float | None = None
+    normalised: float | None = None
 
 
 def cases(batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evolora.answering import answerer
+from evolora.evaluation.answers.formats import parse_formats
 from evolora.evaluation.answers.tally import Answered, AnswerTally
 from evolora.evaluation.tally import Evaluation, cases, tally_for
 from evolora.registry import ANSWER_METRICS
@@ -46,7 +47,7 @@ def judge_texts(learner: Learner, task: Task) -> Evaluation:
         ConfigError: the metric is none of texts.
         DataError: a test sample has no answer.
     """
-    tally = AnswerTally(ANSWER_METRICS.get(task.metric))
+    tally = AnswerTally(ANSWER_METRICS.get(task.metric), parse_formats(task.answer_format))
     routes = _Routes(learner, task)
     rows = learner.own_range(len(task.test))
     done = rows.start
@@ -64,6 +65,8 @@ def judge_texts(learner: Learner, task: Task) -> Evaluation:
         samples=len(task.test),
         routes=routes.counted(),
         by_case=tally.by_case(),
+        following=tally.following(),
+        normalised=tally.normalised(),
     )
 
 

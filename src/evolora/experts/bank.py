@@ -206,21 +206,18 @@ class ExpertBank(nn.Module):
         """Return the growing tensors, which always hold the same experts."""
         return [s for s in (self.A, self.B, self.down_bias, self.up_bias) if s is not None]
 
-    def grow(self, count: int, generator: torch.Generator | None = None) -> list[int]:
+    def grow(
+        self, count: int, generator: torch.Generator | None = None, *, std: float | None = None
+    ) -> list[int]:
         """Append ``count`` experts that output exactly zero; return their identifiers.
 
-        A is Kaiming-uniform with a = sqrt(5): uniform in +-1/sqrt(d_in). B and biases are zero.
+        A is Kaiming-uniform with a = sqrt(5): uniform in +-1/sqrt(d_in); with ``std`` it is normal
+        of that deviation. B and biases are zero.
         """
-        device = self.A.active.device
-        rows = torch.empty(count, self.r, self.d_in, device=device)
-        if device.type != "meta":
-            bound = 1.0 / math.sqrt(self.d_in)
-            drawn = torch.rand(count, self.r, self.d_in, generator=generator)
-            rows = (drawn * 2 * bound - bound).to(device)
         first = len(self)
-        self.A.grow(rows)
+        self.A.grow(fresh_rows(count, self.A, generator, std=std))
         for stack in self.stacks()[1:]:
-            stack.grow(torch.zeros(count, *stack.shape, device=device))
+            stack.grow(torch.zeros(count, *stack.shape, device=stack.active.device))
         return list(range(first, first + count))
 
     def freeze(self, ids: Iterable[int]) -> None:
@@ -281,6 +278,27 @@ class ExpertBank(nn.Module):
     def parameters_per_expert(self) -> int:
         """Return the number of values one expert stores."""
         return sum(math.prod(stack.shape) for stack in self.stacks())
+
+
+def fresh_rows(
+    count: int,
+    stack: GrowingStack,
+    generator: torch.Generator | None = None,
+    *,
+    std: float | None = None,
+) -> Tensor:
+    """Return new rows (count, *shape) for a stack of Linears' weights (..., d_in).
+
+    They are drawn as a Linear's are, uniform in +-1/sqrt(d_in), or normal of deviation ``std``. On
+    the meta device nothing is drawn.
+    """
+    shape, device = (count, *stack.shape), stack.active.device
+    if device.type == "meta":
+        return torch.empty(shape, device=device)
+    if std is not None:
+        return (torch.randn(shape, generator=generator) * std).to(device)
+    bound = 1.0 / math.sqrt(shape[-1])
+    return (torch.rand(shape, generator=generator) * 2 * bound - bound).to(device)
 
 
 def _gather(rows: Tensor, places: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ def mix(
         bank: experts of this site.
         ids: (b, k) expert per sample, (b, n, k) per token, or (1, k) when all rows share them. A
             sequence of numbers is shared by all rows and, known to Python, looked up for free.
-        gates: same shape as ``ids`` (also (b, k) for shared ones); None for ones. A gate of 0
-            silences its expert.
+        gates: same shape as ``ids``; for shared ones also (b, k), or (b, n, k): a dense mixture in
+            which each token weighs all experts. None for ones. A gate of 0 silences its expert.
         dropout: probability of zeroing a bottleneck unit; needs ``random``, off without it. The
             experts of a row must then differ.
         random: randomness of the step.
@@ -83,23 +83,25 @@ def mix(
     form = formulation
     if form == "auto":
         form = _choose(x, bank, ids, k)
+    shape = out.shape
+    each = isinstance(ids, Tensor) and ids.dim() == 3
+    if each or (weights is not None and weights.dim() == 3):
+        # A route per token is a route per sample of one token.
+        out, x = _rows(out), _rows(x)
+        ids = ids.flatten(0, 1) if each and isinstance(ids, Tensor) else ids
+        weights = None if weights is None else weights.flatten(0, 1)
+        keep = None if keep is None else _rows(keep)
     if not isinstance(ids, Tensor):
         # Where rows stand is a fact of the moment, which a compiled graph must not freeze.
         if form == "shared" and not torch.compiler.is_compiling():
-            return _listed(out, x, bank, ids, weights, keep, overwrite)
+            return _listed(out, x, bank, ids, weights, keep, overwrite).view(shape)
         ids = torch.tensor(ids, device=x.device).unsqueeze(0)
     if form == "shared":
         factors = bank.taken(ids[0]).to(out.dtype)
-        return _add(out, x, bank, factors, weights, keep, overwrite)
-    if ids.dim() == 2:
-        ids = ids.expand(len(x), k)
+        return _add(out, x, bank, factors, weights, keep, overwrite).view(shape)
+    ids = ids.expand(len(x), k)
     if weights is not None:
         weights = weights.expand(ids.shape)
-    shape = out.shape
-    if ids.dim() == 3:  # a route per token is a route per sample of one token
-        out, x, ids = _rows(out), _rows(x), ids.flatten(0, 1)
-        weights = None if weights is None else weights.flatten(0, 1)
-        keep = None if keep is None else _rows(keep)
     if form == "gather":
         factors = bank.taken(ids).to(out.dtype)
         return _add(out, x, bank, factors, weights, keep, overwrite).view(shape)
@@ -277,6 +279,8 @@ def _check(
             raise ConfigError(f"'shared' needs one row of expert ids; got {shape}")
     if gates is None or tuple(gates.shape) == shape:
         return
-    if len(shape) == 2 and shape[0] == 1 and tuple(gates.shape) == (len(x), shape[1]):
-        return
+    if len(shape) == 2 and shape[0] == 1:
+        k = shape[1]
+        if tuple(gates.shape) in ((len(x), k), (*x.shape[:2], k)):
+            return
     raise ConfigError(f"gates {tuple(gates.shape)} do not fit expert ids {shape}")

@@ -7,6 +7,8 @@ forward hooks. Its state dict, its module tree and its weights stay what they we
   may be folded into the weight: the Linear then runs with a merged one (see experts/merge.py).
 * ``mlp``: experts see the residual stream before the MLP's LayerNorm and add to the MLP's output:
   y = h + MLP(LN(h)) + E(h)   (MoE-Adapters, section 3.2 of arXiv 2403.11549).
+* ``ffn``: experts are whole MLPs, whose mixture takes the place of the base's
+  (experts/feed_forward.py).
 
 The route is handed to all sites of a tower through one :class:`SiteHost`. It stays in place until
 the tower's next forward; a backward pass that recomputes (gradient checkpointing) meets the route
@@ -30,10 +32,11 @@ from torch.utils.hooks import RemovableHandle
 from evolora.errors import RouteError
 from evolora.experts.bank import ExpertBank
 from evolora.experts.dispatch import Formulation, thresholds_for
+from evolora.experts.feed_forward import FeedForward, FeedForwardHooks, Projected
 from evolora.experts.merge import MAX_ROUTES, AlwaysOn, FoldCache
 from evolora.routing.route import Route
 
-SiteKind = Literal["linear", "mlp"]
+SiteKind = Literal["linear", "mlp", "ffn"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +50,7 @@ class Site:
         kind: where the experts read and write, see the module docstring.
         module: the Linear, or the MLP, whose output the experts add to.
         norm: for kind "mlp": the LayerNorm whose input the experts read.
+        mlp: for kind "ffn": the MLP's parts.
         d_in, d_out: widths the experts must have.
     """
 
@@ -58,6 +62,7 @@ class Site:
     d_in: int
     d_out: int
     norm: nn.Module | None = None
+    mlp: FeedForward | None = None
 
     @property
     def place(self) -> str:
@@ -111,6 +116,25 @@ class FoldableLayer(ExpertLayer):
         raise TypeError(f"{type(self).__name__} must define forward")
 
 
+class FeedForwardLayer(ExpertLayer):
+    """A layer of experts that are whole MLPs, at a site of kind "ffn"."""
+
+    def hidden(self, seen: Projected, route: Route) -> tuple[Tensor, ...]:
+        """Return what the base's ``down`` gets in place of its own, and what :meth:`forward` needs.
+
+        Args:
+            seen: what the base has projected, of rows that experts answer.
+            route: of these rows.
+        """
+        raise TypeError(f"{type(self).__name__} must define hidden")
+
+    def forward(
+        self, x: Tensor, out: Tensor, route: Route, hidden: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """Return the new output, given that of ``down`` and what :meth:`hidden` returned."""
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+
 class SiteHost:
     """Inserts expert layers at sites and hands each tower its route.
 
@@ -153,6 +177,10 @@ class SiteHost:
         """Let ``layer`` add to ``site`` from the next forward on."""
         self._places.append((site.tower, site.layer, layer))
         self._layers.append(layer)
+        if site.mlp is not None:
+            assert isinstance(layer, FeedForwardLayer)
+            self._handles += FeedForwardHooks(self, site, layer).insert()
+            return
         if site.norm is None:
             linear = _LinearSite(self, site, layer)
             self._linears.append(linear)
@@ -214,16 +242,25 @@ class SiteHost:
         Raises:
             RouteError: there is no route, or it is for other rows, or the base answers some rows.
         """
+        route = self.acting(tower, place, rows)
+        if route is not None and not route.everybody:
+            raise RouteError(
+                f"{place}: rows with prompts and rows of the base cannot run in one forward, for "
+                "prompts make a sequence longer; run the rows of the base apart"
+            )
+        return route
+
+    def acting(self, tower: str, place: str, rows: int) -> Route | None:
+        """Return the route of a forward in which experts answer some row; None if none does.
+
+        Raises:
+            RouteError: there is no route, or it is for other rows.
+        """
         if not self._wanted(tower, place):
             return None
         route = self._routes[tower]
         if route.rows != rows:
             raise RouteError(f"{place} got {rows} rows, its route {route.rows}")
-        if not route.everybody:
-            raise RouteError(
-                f"{place}: rows with prompts and rows of the base cannot run in one forward, for "
-                "prompts make a sequence longer; run the rows of the base apart"
-            )
         return route
 
     def route_of(self, tower: str) -> Route:

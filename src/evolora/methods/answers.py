@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from evolora.backbones.batch import Batch
 from evolora.errors import ConfigError
@@ -25,6 +26,14 @@ class Objective:
 
     label_smoothing: float = 0.0
     max_classes: int | None = None
+
+    def loss(self, logits: Tensor, targets: Tensor, labels: LabelSpace) -> Tensor:
+        """Return the loss of logits (b, c): cross-entropy, or binary of each label."""
+        smoothing = self.label_smoothing
+        if labels.multi_label:
+            targets = targets.to(logits.dtype) * (1.0 - smoothing) + 0.5 * smoothing
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def step_classes(self, batch: Batch, labels: LabelSpace) -> tuple[Sequence[int] | None, Tensor]:
         """Return (class indices of this step's softmax or None for all, targets within them)."""

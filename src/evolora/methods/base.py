@@ -8,7 +8,6 @@ gate mixes them, who recognises the task, and what is frozen.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -28,10 +27,11 @@ from evolora.experts.usage import UsageCounter
 from evolora.methods.answers import Objective, Prediction, Written
 from evolora.methods.heads import TaskHeads
 from evolora.methods.reservoir import Reservoir
-from evolora.methods.versions import TensorVersions
+from evolora.methods.versions import TensorVersions, digest_of
 from evolora.randomness import generator
 from evolora.routing.features import FeatureExtractor
 from evolora.routing.route import BASE, Route
+from evolora.routing.selection import Chosen, Selection
 from evolora.routing.selector import AlwaysSelector, Selector
 from evolora.streams.task import LabelSpace
 
@@ -107,7 +107,7 @@ class Method(nn.Module):
         self.reuse = True  # what lies below the experts is computed once (training.prefix_cache)
         self._tensors = TensorVersions()
         self._version = 0
-        self._route_states: dict[int, str | None] = {}
+        self._route_states: dict[tuple[int, int], str | None] = {}
         self.extractors: dict[str, FeatureExtractor] = {}
 
     # -- learning --------------------------------------------------------------------------------
@@ -155,8 +155,9 @@ class Method(nn.Module):
         self._tensors.forget()
         labels = self.labels[batch.task]
         task = self.expert_task(batch.task)
+        encoded, chosen = self.told(batch, task)
         with self.weights():
-            route = self.make_route(task, batch)
+            route = self.make_route(chosen, batch, encoded)
             loss, embedding = self.loss_under(route, batch, labels, task)
         extra = self.extra_losses(batch, embedding)
         total = loss + sum(extra.values()) if extra else loss
@@ -178,20 +179,8 @@ class Method(nn.Module):
         return self.task_loss(embedding, batch, labels, task), embedding
 
     def task_loss(self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int) -> Tensor:
-        """Return the classification loss of embeddings (b, p) of the current data task.
-
-        Cross-entropy among its classes, or binary cross-entropy of each where a sample may have
-        several.
-        """
-        return self.answer_loss(*self.training_logits(embedding, batch, labels, task), labels)
-
-    def answer_loss(self, logits: Tensor, targets: Tensor, labels: LabelSpace) -> Tensor:
-        """Return the classification loss of logits (b, c), see :meth:`task_loss`."""
-        smoothing = self.objective.label_smoothing
-        if labels.multi_label:
-            targets = targets.to(logits.dtype) * (1.0 - smoothing) + 0.5 * smoothing
-            return nn.functional.binary_cross_entropy_with_logits(logits, targets)
-        return nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+        """Return the classification loss of embeddings (b, p) of the current data task."""
+        return self.objective.loss(*self.training_logits(embedding, batch, labels, task), labels)
 
     def training_logits(
         self, embedding: Tensor, batch: Batch, labels: LabelSpace, task: int
@@ -215,22 +204,22 @@ class Method(nn.Module):
         """Return the method's own weighted loss terms of the forward that just ran."""
         return {}
 
-    def make_route(
-        self, tasks: Tensor | int, batch: Batch, encoded: Encoded | None = None
-    ) -> Route:
+    def make_route(self, tasks: Chosen, batch: Batch, encoded: Encoded | None = None) -> Route:
         """Return the route of a batch that experts answer, with what their gates read.
 
         Args:
-            tasks: task of each row (b,), or the one of all rows.
+            tasks: who answers; a tensor or a number says so without helpers.
             batch: the samples.
             encoded: the base's pass over them, if there was one.
         """
-        summary, random = self.backbone.vision_summary, batch.random
-        if isinstance(tasks, Tensor):
-            route = Route(tasks, summary=summary, random=random)
-        else:
-            device = self.backbone.device
-            route = Route.of(tasks, len(batch), device=device, summary=summary, random=random)
+        chosen = Selection.of(tasks, len(batch), self.backbone.device)
+        route = Route(
+            chosen.tasks,
+            uniform=chosen.uniform,
+            helpers=chosen.helpers,
+            summary=self.backbone.vision_summary,
+            random=batch.random,
+        )
         if self.query_feature is None:
             return route
         queries = (encoded or self.backbone.encode_base(batch)).features[self.query_feature]
@@ -251,8 +240,7 @@ class Method(nn.Module):
             labels: what to choose from.
             oracle: index of the true task if it is learned; read by oracle selectors alone.
         """
-        encoded, tasks = self.route(batch, oracle)
-        return self.answer(batch, encoded, tasks, labels)
+        return self.answer(batch, *self.route(batch, oracle), labels)
 
     @torch.no_grad()
     def write(
@@ -261,7 +249,7 @@ class Method(nn.Module):
         labels: LabelSpace,
         *,
         oracle: int | None = None,
-        tasks: Tensor | None = None,
+        tasks: Chosen | None = None,
     ) -> Written:
         """Return the text that answers each row, routed on its own; see :meth:`predict`.
 
@@ -271,44 +259,59 @@ class Method(nn.Module):
         check_labels(self.backbone, labels)
         assert isinstance(self.backbone, TextBackbone)
         batch = replace(batch, random=None)
-        encoded, tasks = self.route(batch, oracle) if tasks is None else (None, tasks)
-        distinct = torch.unique(tasks).tolist()
+        encoded, chosen = self.route(batch, oracle) if tasks is None else (None, tasks)
+        selection = Selection.of(chosen, len(batch), self.backbone.device).settled()
         with self.weights():
-            route = self.make_route(distinct[0] if len(distinct) == 1 else tasks, batch, encoded)
+            route = self.make_route(selection, batch, encoded)
             texts = self.backbone.write(batch, route, labels.max_new_tokens)
-        return Written(texts=tuple(texts), tasks=tasks)
+        return Written(texts=tuple(texts), tasks=selection.tasks)
 
-    def route(self, batch: Batch, oracle: int | None = None) -> tuple[Encoded | None, Tensor]:
-        """Return (the base's pass if the selector needed one, task or BASE of each row)."""
+    @torch.no_grad()
+    def route(self, batch: Batch, oracle: int | None = None) -> tuple[Encoded | None, Selection]:
+        """Return (the base's pass if the selector needed one, who answers each row)."""
+        rows, device = len(batch), self.backbone.device
         if not self.labels:  # nothing is learned: there are no experts to route to
-            return None, torch.full((len(batch),), BASE, device=self.backbone.device)
-        needs = self.selector.feature is not None
-        encoded = self.backbone.encode_base(batch) if needs else None
-        features = self.routing_features(batch, encoded) if encoded is not None else {}
-        selection = self.selector.select(features, len(batch), oracle)
-        return encoded, selection.tasks.to(self.backbone.device)
+            return None, Selection.of(BASE, rows, device)
+        encoded, features = self.routing_features(batch)
+        return encoded, Selection.of(self.selector.select(features, rows, oracle), rows, device)
+
+    @torch.no_grad()
+    def told(self, batch: Batch, experts: int) -> tuple[Encoded | None, Selection]:
+        """Return who answers rows whose experts are told: in training, and where a user says so.
+
+        Who helps them is decided as :meth:`route` does. ``experts`` is an :meth:`expert_task`.
+        """
+        selection = Selection.of(experts, len(batch), self.backbone.device)
+        if experts == BASE or not self.selector.helps:
+            return None, selection
+        encoded, features = self.routing_features(batch)
+        helpers = self.selector.helpers(features, selection.tasks)
+        found = replace(selection, helpers=helpers)
+        return encoded, Selection.of(found, len(batch), self.backbone.device).settled()
 
     def answer(
-        self, batch: Batch, encoded: Encoded | None, tasks: Tensor, labels: LabelSpace
+        self, batch: Batch, encoded: Encoded | None, tasks: Chosen, labels: LabelSpace
     ) -> Prediction:
-        """Return class probabilities of rows whose tasks (b,) are known."""
-        return self.score(self.embed(batch, encoded, tasks), tasks, labels)
+        """Return class probabilities of rows whose answerers are known."""
+        chosen = Selection.of(tasks, len(batch), self.backbone.device)
+        return self.score(self.embed(batch, encoded, chosen), chosen.tasks, labels)
 
-    def embed(self, batch: Batch, encoded: Encoded | None, tasks: Tensor) -> Tensor:
-        """Return the embedding (b, p) of each row under its own task's experts, or the base's.
+    def embed(self, batch: Batch, encoded: Encoded | None, tasks: Chosen) -> Tensor:
+        """Return the embedding (b, p) of each row under its own tasks' experts, or the base's.
 
         The rows of all tasks run in one forward; those of the base are not run again if ``encoded``
         has their pass.
         """
         batch = replace(batch, random=None)  # a training batch that is answered draws nothing
-        tasks = tasks.to(self.backbone.device)
-        rows, others = torch.nonzero(tasks != BASE)[:, 0], torch.nonzero(tasks == BASE)[:, 0]
+        chosen = Selection.of(tasks, len(batch), self.backbone.device)
+        answered = chosen.tasks != BASE
+        rows, others = torch.nonzero(answered)[:, 0], torch.nonzero(~answered)[:, 0]
         if len(rows) == 0:
             return self._embed_base(batch, encoded)
         if len(others) == 0:
-            return self._embed_experts(batch, tasks, encoded)
+            return self._embed_experts(batch, chosen, encoded)
         mine, rest = (encoded.take(part) if encoded else None for part in (rows, others))
-        experts = self._embed_experts(batch.take(rows), tasks[rows], mine)
+        experts = self._embed_experts(batch.take(rows), chosen.take(rows), mine)
         base = self._embed_base(batch.take(others), rest)
         return torch.cat([experts, base.to(experts.dtype)])[torch.cat([rows, others]).argsort()]
 
@@ -335,10 +338,16 @@ class Method(nn.Module):
             return self.heads.among(embedding, labels, [task])
         return self.heads.among(embedding, labels, range(len(self.labels)))
 
-    def routing_features(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
-        """Return the features the selector reads, by name."""
+    def routing_features(self, batch: Batch) -> tuple[Encoded | None, dict[str, Tensor]]:
+        """Return (the base's pass if it was needed, the features the selector reads by name)."""
+        wanted = self.selector.feature
+        if wanted is None:
+            return None, {}
+        if wanted in self.backbone.apart_features:
+            return None, self.backbone.base_results(batch, (wanted,))
+        encoded = self.backbone.encode_base(batch)
         extra = {name: extract(batch) for name, extract in self.extractors.items()}
-        return {**encoded.features, **extra}
+        return encoded, {**encoded.features, **extra}
 
     def classifier(self, labels: LabelSpace, task: int) -> Tensor:
         """Return (c, p) class embeddings under the experts of ``task`` (or BASE)."""
@@ -367,44 +376,41 @@ class Method(nn.Module):
     def _embed_base(self, batch: Batch, encoded: Encoded | None) -> Tensor:
         return (encoded or self.backbone.encode_base(batch, features=False)).embedding
 
-    def _embed_experts(self, batch: Batch, tasks: Tensor, encoded: Encoded | None) -> Tensor:
-        """Return the embedding (b, p) of rows that experts answer."""
-        distinct = torch.unique(tasks).tolist()
-        if len(distinct) == 1:
-            return self._embed_task(batch, distinct[0], encoded)
-        with self.weights():
-            return self.backbone.encode(batch, self.make_route(tasks, batch, encoded))
+    def _embed_experts(self, batch: Batch, chosen: Selection, encoded: Encoded | None) -> Tensor:
+        """Return the embedding (b, p) of rows that experts answer.
 
-    def _embed_task(self, batch: Batch, task: int, encoded: Encoded | None) -> Tensor:
-        """Return the embedding (b, p) under one task; kept if its experts tell their state."""
-        state = self._route_state(task) if batch.known else None
+        It is kept where all have the same tasks, whose experts tell their state.
+        """
+        chosen = chosen.settled()
+        pairs = chosen.pairs()
+        state = self._route_state(pairs[0]) if batch.known and len(pairs) == 1 else None
 
-        def run(part: Batch, encoded: Encoded | None) -> Tensor:
+        def run(rows: Tensor) -> Tensor:
+            part, known = batch.take(rows), encoded.take(rows) if encoded else None
             with self.weights():
-                return self.backbone.encode(part, self.make_route(task, part, encoded))
+                return self.backbone.encode(part, self.make_route(chosen.take(rows), part, known))
 
         if batch.known is None or state is None:
-            return run(batch, encoded)
+            with self.weights():
+                return self.backbone.encode(batch, self.make_route(chosen, batch, encoded))
         found = batch.known.memory.passes.fetch(
             (state,),
             batch.known.samples,
-            lambda rows: {state: run(batch.take(rows), encoded.take(rows) if encoded else None)},
+            lambda rows: {state: run(rows)},
             context=self.backbone.context(),
         )
         return found[state].to(self.backbone.device)
 
-    def _route_state(self, task: int) -> str | None:
-        """Return a digest of all that decides a task's answers, or None."""
+    def _route_state(self, pair: tuple[int, int]) -> str | None:
+        """Return a digest of all that decides the answers of a task with its helper, or None."""
         self._state_version()  # forgets digests of another state
-        if task not in self._route_states:
-            tensors = self.route_tensors(task)
-            self._route_states[task] = None
-            if tensors is not None:
-                digest = hashlib.blake2b(f"{self.config}/{task}".encode(), digest_size=16)
-                for tensor in tensors:
-                    digest.update(tensor.detach().cpu().contiguous().numpy().data)
-                self._route_states[task] = digest.hexdigest()
-        return self._route_states[task]
+        if pair not in self._route_states:
+            parts = [self.route_tensors(task) for task in pair if task != BASE]
+            known = [part for part in parts if part is not None]
+            tensors = [tensor for part in known for tensor in part]
+            found = digest_of(f"{self.config}/{pair}", tensors)
+            self._route_states[pair] = found if len(known) == len(parts) else None
+        return self._route_states[pair]
 
     # -- shared helpers --------------------------------------------------------------------------
 

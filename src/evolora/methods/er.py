@@ -89,7 +89,7 @@ class ER(SequentialLoRA):
         total = embedding.new_zeros(())
         for own, logits, targets in told(embedding, parts, batch.random):
             if len(logits):
-                loss = self.answer_loss(logits, targets, self.labels[own])
+                loss = self.objective.loss(logits, targets, self.labels[own])
                 total = total + loss * (len(logits) / len(batch))
         return total
 

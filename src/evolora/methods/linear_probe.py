@@ -20,6 +20,7 @@ from evolora.experts.bank import GrowingStack
 from evolora.methods.base import Method
 from evolora.registry import METHODS
 from evolora.routing.route import BASE
+from evolora.routing.selection import Chosen
 from evolora.streams.task import LabelSpace
 
 
@@ -71,7 +72,7 @@ class LinearProbe(Method):
             return super().training_logits(embedding, batch, labels, task)
         return prompts_of(self.backbone).logits(embedding, self.vectors.active), batch.labels
 
-    def embed(self, batch: Batch, encoded: Encoded | None, tasks: Tensor) -> Tensor:
+    def embed(self, batch: Batch, encoded: Encoded | None, tasks: Chosen) -> Tensor:
         """Return the base's embedding: the label space alone says which vectors are used."""
         return (encoded or self.backbone.encode_base(batch, features=False)).embedding
 

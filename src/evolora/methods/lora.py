@@ -25,12 +25,13 @@ from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
 from evolora.experts.layers import SumLayer
 from evolora.experts.merge import AlwaysOn
+from evolora.experts.mixing import mix
 from evolora.experts.sites import Site
 from evolora.methods.base import Method
 from evolora.methods.selectors import use_selector
 from evolora.randomness import generator
 from evolora.registry import METHODS
-from evolora.routing.route import Route
+from evolora.routing.route import BASE, Route
 from evolora.routing.selector import AlwaysSelector, OracleSelectorConfig
 from evolora.routing.task_keys import TaskKeySelectorConfig
 
@@ -44,7 +45,7 @@ class LoRAConfig:
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: probability of zeroing a bottleneck unit during training, in [0, 1).
         target_modules: Linears that get an expert: q_proj, k_proj, v_proj, out_proj, fc1, fc2; a
-            model that writes has others beside them (o_proj, gate_proj ...), or "all-linear".
+            model that writes has others beside them (o_proj, gate_proj ...); "all-linear" is all.
         layers_to_transform: block indices (negative counts from the top); None takes all.
         towers: towers that get experts; None takes all.
     """
@@ -99,7 +100,7 @@ class JointLoRAConfig(LoRAConfig):
 
 
 class LoRALayer(SumLayer):
-    """LoRA experts at one Linear; a row's task is its expert.
+    """LoRA experts at one Linear; a row's task is its expert, and that of its helper is added.
 
     Args:
         site: the Linear.
@@ -133,6 +134,31 @@ class LoRALayer(SumLayer):
             return self.places.of_rows(route.tasks)
         own = None if route.uniform is None else self.places.of_task(route.uniform)
         return AlwaysOn(() if own is None else (own,))
+
+    def forward(
+        self, x: Tensor, out: Tensor, route: Route, folded: frozenset[int] = frozenset()
+    ) -> Tensor:
+        """Return out plus the experts of each row's task and of its helper."""
+        out = super().forward(x, out, route, folded)
+        if route.helpers is None or len(self.bank) == 0:
+            return out
+        ids = route.helpers.clamp_min(0).unsqueeze(1)
+        gates = (route.helpers != BASE).unsqueeze(1).to(out.dtype)
+        if self.places is not None:
+            ids, here = self.places.of_rows(ids[:, 0])
+            gates = gates if here is None else gates * here.to(out.dtype)
+        return mix(
+            out,
+            x,
+            self.bank,
+            ids,
+            gates,
+            dropout=self.dropout,
+            random=route.random,
+            key=f"{self.name}/helper",  # a draw of its own: that of the task stays what it was
+            formulation=self.formulation,
+            inplace=True,
+        )
 
     def flops(self, tokens: int) -> int:
         """Return the extra FLOPs of one row of ``tokens`` tokens, of the newest task."""
@@ -200,8 +226,12 @@ class LoRAPerTask(_LoRA):
     config_class: ClassVar[Any] = LoRAPerTaskConfig
     shared = False
 
-    def __init__(self, config: LoRAPerTaskConfig, backbone: Backbone, *, seed: int = 0) -> None:
+    def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed, allocation=config.allocation)
+        self.choose_selector(config)
+
+    def choose_selector(self, config: Any) -> None:
+        """Let the configured selector tell the tasks."""
         use_selector(self, config.selector)
 
     def preview(self, task: int, samples: TaskSamples | None) -> None:

@@ -36,6 +36,7 @@ from evolora.methods.base import Method
 from evolora.randomness import generator
 from evolora.registry import METHODS
 from evolora.routing.route import Route
+from evolora.routing.selection import Chosen
 from evolora.routing.selector import AlwaysSelector
 from evolora.routing.spans import Spans
 
@@ -191,15 +192,11 @@ class RebQ(Method):
             loss = loss + terms["reconstruction"]
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
-    def make_route(
-        self, tasks: Tensor | int, batch: Batch, encoded: Encoded | None = None
-    ) -> Route:
+    def make_route(self, tasks: Chosen, batch: Batch, encoded: Encoded | None = None) -> Route:
         """Return the route with a query of every modality, rebuilt where the sample lacks it."""
         return self._routed(tasks, batch, encoded)[0]
 
-    def _routed(
-        self, tasks: Tensor | int, batch: Batch, encoded: Encoded | None
-    ) -> tuple[Route, Tensor]:
+    def _routed(self, tasks: Chosen, batch: Batch, encoded: Encoded | None) -> tuple[Route, Tensor]:
         """Return the route of the answer pass, and the rebuild pass's class tokens (b, m, d)."""
         known = (encoded or self.backbone.encode_base(batch)).features["heads"]
         plain = super().make_route(tasks, batch, encoded)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterable
 
 from torch import Tensor
+
+
+def digest_of(text: str, tensors: Iterable[Tensor]) -> str:
+    """Return a digest of a text and of the values of tensors."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 class TensorVersions:

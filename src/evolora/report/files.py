@@ -62,12 +62,15 @@ class AfterTask(_Known):
     """What each task's test set gave after learning ``task``.
 
     ``routes``: which route answered how many samples; ``scores_by_missing``: the score on samples
-    that are complete, lack the text, lack the image (names of missing codes).
+    that are complete, lack the text, lack the image (names of missing codes); ``following``: the
+    share of answers in the format that was asked for; ``normalised``: accuracy whatever the format.
     """
 
     task: str
     routes: dict[str, dict[str, int]]
     scores_by_missing: dict[str, dict[str, float]] = Field(default_factory=dict)
+    following: dict[str, float] = Field(default_factory=dict)
+    normalised: dict[str, float] = Field(default_factory=dict)
 
 
 class TowerExperts(_Known):

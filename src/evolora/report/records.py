@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 from evolora.errors import EvoloraError, StorageError
 from evolora.evaluation.matrix import Matrix
 from evolora.evaluation.metrics import summary
-from evolora.report.files import Robustness, Routing, RunFile, read
+from evolora.report.files import AfterTask, Robustness, Routing, RunFile, read
 from evolora.streams.missing import CODE_NAMES, MissingConfig
 from evolora.streams.missing_manifest import missing_settings
 
@@ -94,6 +95,8 @@ class RunRecord:
             "stored_parameters": float(history[-1].stored_parameters) if history else None,
             "seconds": self.run.seconds,
             **self.missing_scores(),
+            "following": _mean(self.final("following").values()),
+            "normalised": _mean(self.final("normalised").values()),
         }
 
     def missing_scores(self) -> dict[str, float | None]:
@@ -102,9 +105,8 @@ class RunRecord:
         With the task told: names begin with "told_"; from ``robustness.json``, at the run's own
         test table. None unless the run inferred the task.
         """
-        after = self.routing.after if self.routing else ()
-        end = max(after, key=lambda one: self.position(one.task)) if after else None
-        found = end.scores_by_missing if end and self.position(end.task) + 1 == self.size else {}
+        end = self.end
+        found = end.scores_by_missing if end else {}
         own: dict[str, float | None] = {case: _mean_of(case, found) for case in CODE_NAMES}
         point = self.robustness.own if self.robustness else None
         told = point.oracle if point and self.run.protocol.routing == "task-free" else None
@@ -114,6 +116,23 @@ class RunRecord:
             "told_cmml_last": told.tasks.get(self.run.tasks[-1]) if told else None,
             **{f"told_{case}": told.by_missing.get(case) if told else None for case in CODE_NAMES},
         }
+
+    @property
+    def end(self) -> AfterTask | None:
+        """What the test sets gave after the last task; None of an unfinished run."""
+        last = self.run.tasks[-1]
+        after = self.routing.after if self.routing else ()
+        return next((one for one in after if one.task == last), None)
+
+    def final(self, what: Literal["following", "normalised"]) -> dict[str, float]:
+        """Return task -> share of answers in the demanded format, or accuracy whatever it is."""
+        return dict(getattr(self.end, what)) if self.end else {}
+
+    def fresh(self, what: Literal["following", "normalised"]) -> dict[str, float]:
+        """Return the same of each task when it was just learned."""
+        after = self.routing.after if self.routing else ()
+        found = {one.task: getattr(one, what).get(one.task) for one in after}
+        return {task: share for task, share in found.items() if share is not None}
 
     @property
     def missing_words(self) -> str:
@@ -171,6 +190,11 @@ class RunRecord:
                 j = self.position(task)
                 shares[i][j] = _share([(counts, task if j <= i else BASE)])
         return shares
+
+
+def _mean(shares: Iterable[float]) -> float | None:
+    known = list(shares)
+    return fmean(known) if known else None
 
 
 def _mean_of(case: str, tasks: Mapping[str, Mapping[str, float]]) -> float | None:

@@ -65,6 +65,11 @@ COLUMNS: tuple[Column, ...] = (
         about="test samples of tasks still to come that the untouched model answered",
     ),
     Column(
+        key="following", title="Follows format", narrow="Fol-\nlows",
+        unit="percent", better="more",
+        about="answers at the end that have the form that was asked for; mean over tasks",
+    ),
+    Column(
         key="trainable_parameters", title="Trainable", narrow="Train-\nable",
         unit="count", better=None,
         about="parameters trained for one task, the largest of all tasks",

@@ -16,7 +16,9 @@ NOISE_FLOOR = 0.01
 """Added to the softplus standard deviation of the gate noise."""
 
 
-def top_k_softmax(logits: Tensor, k: int, ties: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def top_k_softmax(
+    logits: Tensor, k: int, ties: Tensor | None = None, *, renormalize: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return (ids, gates), both (b, k): softmax over the k largest logits of each row.
 
     Ties are broken in a fixed order, so that a fresh all-zero router is deterministic.
@@ -25,13 +27,16 @@ def top_k_softmax(logits: Tensor, k: int, ties: Tensor | None = None) -> tuple[T
         logits: (b, e).
         k: experts per row.
         ties: (b, e) or (1, e) experts, those that win a tie first; None takes the smaller index.
+        renormalize: False leaves the gates what they are in the softmax over all of the row.
     """
     listed = logits if ties is None else logits.gather(-1, ties.expand(logits.shape))
     order = torch.sort(listed, dim=-1, descending=True, stable=True)
     ids = order.indices[:, :k]
     if ties is not None:
         ids = ties.expand(logits.shape).gather(-1, ids)
-    return ids, torch.softmax(order.values[:, :k], dim=-1)
+    if renormalize:
+        return ids, torch.softmax(order.values[:, :k], dim=-1)
+    return ids, torch.softmax(order.values, dim=-1)[:, :k]
 
 
 def load_balance(values: Tensor) -> Tensor:
@@ -90,24 +95,37 @@ class TaskRouters(nn.Module):
         d: width of the routing vector c.
         experts: size of the pool.
         k: experts per row.
+        noise: whether they have the weights N_t; without, no noise can be drawn.
+        renormalize: whether the k gates of a row sum to 1, see :func:`top_k_softmax`.
     """
 
     pool: Tensor
     ties: Tensor
 
     def __init__(
-        self, d: int, experts: int, k: int, *, device: torch.device | str | None = None
+        self,
+        d: int,
+        experts: int,
+        k: int,
+        *,
+        noise: bool = True,
+        renormalize: bool = True,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.d, self.experts, self.k = d, experts, k
+        self.d, self.experts, self.k, self.renormalize = d, experts, k, renormalize
         self.gate = GrowingStack(d, experts, device=device)
-        self.noise = GrowingStack(d, experts, device=device)
+        self.noise = GrowingStack(d, experts, device=device) if noise else None
         self.register_buffer("pool", torch.empty(0, dtype=torch.long, device="cpu"))
         self.register_buffer("ties", torch.empty(0, experts, dtype=torch.long, device="cpu"))
         self._pool = Listed()
 
     def __len__(self) -> int:
         return len(self.gate)
+
+    def stacks(self) -> list[GrowingStack]:
+        """Return the growing weights, of which every router has one row each."""
+        return [stack for stack in (self.gate, self.noise) if stack is not None]
 
     def grow(self, last: Collection[int] = ()) -> None:
         """Add a router for a new task, all zero as in the paper's code, and freeze the others.
@@ -116,7 +134,7 @@ class TaskRouters(nn.Module):
             last: experts that lose its ties; a method names the frozen ones, so that a router that
                 knows nothing yet starts on experts that may still learn.
         """
-        for stack in (self.gate, self.noise):
+        for stack in self.stacks():
             stack.freeze(range(len(stack)))
             stack.grow(torch.zeros(1, self.d, self.experts, device=stack.active.device))
         self.pool = torch.cat([self.pool, self.pool.new_tensor([self.experts])])
@@ -136,12 +154,12 @@ class TaskRouters(nn.Module):
         self.experts = experts
         if adopt:
             self.pool = torch.full_like(self.pool, experts)
-        self.gate.widen(experts)
-        self.noise.widen(experts)
+        for stack in self.stacks():
+            stack.widen(experts)
 
     def freeze(self) -> None:
         """Freeze every router for good."""
-        for stack in (self.gate, self.noise):
+        for stack in self.stacks():
             stack.freeze(range(len(stack)))
 
     def forward(
@@ -168,10 +186,10 @@ class TaskRouters(nn.Module):
             uniform = None
         clean, ties = self._known(self._logits(self.gate, c, tasks, uniform), tasks, uniform)
         noisy, std = clean, None
-        if random is not None:
+        if random is not None and self.noise is not None:
             std = F.softplus(self._logits(self.noise, c, tasks, uniform)) + NOISE_FLOOR
             noisy = clean + std * random.normal(f"{key}/gate", tuple(clean.shape), clean)
-        ids, gates = top_k_softmax(noisy, self.k, ties)
+        ids, gates = top_k_softmax(noisy, self.k, ties, renormalize=self.renormalize)
         if not chance:
             return Gating(ids, gates)
         if std is None or self.k == self.experts:

@@ -11,22 +11,14 @@ from torch import Tensor, nn
 
 from evolora.errors import ConfigError
 from evolora.experts.bank import GrowingStack
-from evolora.routing.autoencoders import AutoEncoderBank, AutoEncoderTraining
+from evolora.routing.autoencoders import (
+    AutoEncoderBank,
+    AutoEncoderTraining,
+    UnitAutoEncoderTraining,
+)
 from evolora.routing.route import BASE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which task answers each row.
-
-    Args:
-        tasks: (b,) task index or BASE.
-        scores: (b, t) how foreign the row is to each task (smaller is nearer; above 1 is outside),
-            or None where no score exists (oracle).
-    """
-
-    tasks: Tensor
-    scores: Tensor | None = None
+from evolora.routing.selection import Selection
+from evolora.routing.voting import ballots, elected, elected_helper
 
 
 class Selector(nn.Module):
@@ -49,6 +41,15 @@ class Selector(nn.Module):
     def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
         """Return the task of each row. ``oracle`` is the true task, None if it is not learned."""
         raise TypeError(f"{type(self).__name__} must define select")
+
+    @property
+    def helps(self) -> bool:
+        """Whether a row may have a second task that helps its own."""
+        return False
+
+    def helpers(self, features: Mapping[str, Tensor], tasks: Tensor) -> Tensor | None:
+        """Return who helps rows whose tasks (b,) are known: a task or BASE; None if nobody does."""
+        return None
 
 
 class AlwaysSelector(Selector):
@@ -101,7 +102,8 @@ class AutoEncoderSelectorConfig:
     Args:
         type: "auto-encoder".
         feature: "layers" (token statistics of four depths of the frozen tower, ours), "pooled" (its
-            output), or "alexnet" (the authors': conv5 before its activation, needs a weights file).
+            output), "alexnet" (the authors': conv5 before its activation, needs a weights file),
+            "max-pooled" (D-MoLE's, of models that write), or "auto": "max-pooled" or else "layers".
         feature_path: weights file of the "alexnet" features.
         threshold: "quantile" calibrates each task on held-out errors; a number is used as it is
             for all tasks (the authors': 0.0655 with "alexnet" features).
@@ -109,18 +111,23 @@ class AutoEncoderSelectorConfig:
         margin: factor on the calibrated threshold; test inputs drift further than held-out ones.
         group_size: rows decided together by their mean error; 1 decides each row alone. The authors
             use the evaluation batch (128); kept to reproduce them only.
+        strict: whether an error must be below the threshold, or may be equal to it.
+        choose: "nearest" asks the task of the least error alone whether it takes the row;
+            "nearest-passing" gives the row to the nearest of those that take it (D-MoLE).
         reference: folder of images for a reference auto-encoder that competes with the tasks' and
             means "base" when it wins (the authors': TinyImageNet); None uses the threshold alone.
         training: how each auto-encoder is fitted.
     """
 
     type: Literal["auto-encoder"] = "auto-encoder"
-    feature: Literal["layers", "pooled", "alexnet"] = "layers"
+    feature: Literal["layers", "pooled", "alexnet", "max-pooled", "auto"] = "layers"
     feature_path: str | None = None
     threshold: Literal["quantile"] | float = "quantile"
     quantile: float = 0.98
     margin: float = 1.0
     group_size: int = 1
+    strict: bool = False
+    choose: Literal["nearest", "nearest-passing"] = "nearest"
     reference: str | None = None
     training: AutoEncoderTraining = field(default_factory=AutoEncoderTraining)
 
@@ -141,6 +148,21 @@ class AutoEncoderSelectorConfig:
             raise ConfigError("feature 'alexnet' needs feature_path, the file of its weights")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecogniserConfig(AutoEncoderSelectorConfig):
+    """The same with D-MoLE's defaults; see :class:`AutoEncoderSelectorConfig`."""
+
+    feature: Literal["layers", "pooled", "alexnet", "max-pooled", "auto"] = "auto"
+    quantile: float = 0.95
+    strict: bool = True
+    choose: Literal["nearest", "nearest-passing"] = "nearest-passing"
+    training: UnitAutoEncoderTraining = field(default_factory=UnitAutoEncoderTraining)
+
+
+Router = Literal["per-sample", "batch-vote", "oracle"]
+Helper = Literal["threshold", "nearest", "none"]
+
+
 class AutoEncoderSelector(Selector):
     """One auto-encoder per task on frozen features; the nearest task within its threshold answers.
 
@@ -149,9 +171,16 @@ class AutoEncoderSelector(Selector):
     threshold. Ranking by scores instead would favour tasks of loose thresholds (measured on
     mosaic/domains: 93.9 instead of 97.9 % of seen inputs recognised).
 
+    A helper of a row of task k is one of the tasks before k, whose auto-encoders never change: the
+    same row has the same helper while k is learned and ever after.
+
     Args:
         config: see :class:`AutoEncoderSelectorConfig`.
         features: width of the routing features.
+        router: "per-sample"; "batch-vote": the rows of a batch elect its tasks; "oracle": the true
+            task is told.
+        helper: the nearest earlier task that takes the row ("threshold"), the "nearest" one whether
+            it does or not, or "none".
     """
 
     def __init__(
@@ -160,9 +189,12 @@ class AutoEncoderSelector(Selector):
         features: int,
         *,
         device: torch.device | str | None = None,
+        router: Router = "per-sample",
+        helper: Helper = "none",
     ) -> None:
         super().__init__()
         self.config, self.feature = config, config.feature
+        self.router, self.helper = router, helper
         squash, hidden = config.training.squash, config.training.hidden
         self.bank = AutoEncoderBank(features, hidden, squash, device=device)
         self.thresholds = GrowingStack(device=device)
@@ -199,16 +231,71 @@ class AutoEncoderSelector(Selector):
         """Return each row's nearest task, or BASE where it is outside every task."""
         if len(self.bank) == 0:
             return Selection(tasks=torch.full((rows,), BASE, dtype=torch.long))
-        values = features[self.config.feature]
+        values = features[self.feature or ""]
         errors = self._grouped(self.bank.errors(values))
-        thresholds = self.thresholds.all().to(errors)
-        scores = errors / thresholds
-        tasks = errors.argmin(dim=1)
-        own = errors.gather(1, tasks.unsqueeze(1)).squeeze(1)
-        outside = ~(own <= thresholds[tasks])  # what is not a number is no task's
+        scores = errors / self.thresholds.all().to(errors)
+        if self.router == "batch-vote":
+            first, second = (*elected(self._votes(errors)), BASE, BASE)[:2]
+            helpers = None if self.helper == "none" else errors.new_full((rows,), second).long()
+            return Selection(
+                tasks=errors.new_full((rows,), first).long(), scores=scores, helpers=helpers
+            )
+        if self.router == "oracle":
+            tasks = errors.new_full((rows,), BASE if oracle is None else oracle).long()
+        else:
+            tasks = self._nearest(errors, values)
+        return Selection(tasks=tasks, scores=scores, helpers=self._helpers(errors, tasks))
+
+    @property
+    def helps(self) -> bool:
+        """Whether there are earlier tasks, and they may help."""
+        return self.helper != "none" and len(self.bank) > 0
+
+    def helpers(self, features: Mapping[str, Tensor], tasks: Tensor) -> Tensor | None:
+        """Return the earlier task that helps each row of known tasks (b,), or BASE."""
+        if not self.helps:
+            return None
+        return self._helpers(self._grouped(self.bank.errors(features[self.feature or ""])), tasks)
+
+    def _nearest(self, errors: Tensor, values: Tensor) -> Tensor:
+        """Return the task (b,) that each row goes to by its errors (b, t), or BASE."""
+        taken = self._taken(errors)
+        if self.config.choose == "nearest-passing":
+            tasks = ballots(errors, taken)
+        else:
+            near = errors.argmin(dim=1)
+            own = taken.gather(1, near.unsqueeze(1)).squeeze(1)
+            tasks = near.masked_fill(~own, BASE)
         if len(self.reference):
-            outside = outside | (self._grouped(self.reference.errors(values))[:, 0] <= own)
-        return Selection(tasks=tasks.masked_fill(outside, BASE), scores=scores)
+            own = errors.gather(1, tasks.clamp_min(0).unsqueeze(1)).squeeze(1)
+            tasks = tasks.masked_fill(
+                self._grouped(self.reference.errors(values))[:, 0] <= own, BASE
+            )
+        return tasks
+
+    def _taken(self, errors: Tensor) -> Tensor:
+        """Return which tasks take which rows (b, t); what is not a number is no task's."""
+        thresholds = self.thresholds.all().to(errors)
+        return errors < thresholds if self.config.strict else errors <= thresholds
+
+    def _votes(self, errors: Tensor, before: Tensor | None = None) -> Tensor:
+        """Return the vote (b,) of each row, for a task before its own (b,) if that is given."""
+        taken = self._taken(errors)
+        if before is not None:
+            if self.helper == "nearest":
+                taken = errors.isfinite()
+            taken = taken & (torch.arange(errors.shape[1], device=errors.device) < before[:, None])
+        return ballots(errors, taken)
+
+    def _helpers(self, errors: Tensor, tasks: Tensor) -> Tensor | None:
+        """Return who helps rows of tasks (b,), by their errors (b, t)."""
+        if self.helper == "none":
+            return None
+        votes = self._votes(errors, tasks.to(errors.device))
+        if self.router == "batch-vote":
+            helper = elected_helper(votes)
+            return torch.full_like(votes, helper).masked_fill(tasks.to(votes) <= helper, BASE)
+        return votes
 
     def _grouped(self, values: Tensor) -> Tensor:
         """Average (b, t) over consecutive groups of ``group_size`` rows (the last may be short)."""

@@ -61,6 +61,11 @@ class Spans:
         """Return (b,) bool: which samples have a modality."""
         return self.present[:, list(self.of).index(modality)]
 
+    @property
+    def real(self) -> Tensor:
+        """(b, n) bool: the position holds something and is no padding."""
+        return self.mask
+
     def take(self, rows: Tensor) -> Spans:
         """Return the same for some of the rows."""
         return replace(self, mask=self.mask[rows], present=self.present[rows])
@@ -86,15 +91,22 @@ class TokenSpans:
     Args:
         of: modality -> (b, n) bool, its tokens; padding is of none.
         present: (b, m) bool; the sample has the modality, says the data.
+        answer: (b, n) bool, tokens of an answer that is learned; None of a prompt alone.
     """
 
     of: Mapping[str, Tensor]
     present: Tensor
+    answer: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
-        """(b, n) bool: the position holds something and is no padding."""
+        """(b, n) bool: the position holds something of the prompt and is no padding."""
         return torch.stack(list(self.of.values())).any(dim=0)
+
+    @property
+    def real(self) -> Tensor:
+        """(b, n) bool: the position holds something, of prompt or answer, and is no padding."""
+        return self.mask if self.answer is None else self.mask | self.answer
 
     def means(self, hidden: Tensor) -> Tensor:
         """Return the mean (b, m, d) of hidden states (b, n, d) over each modality's tokens.
@@ -109,9 +121,9 @@ class TokenSpans:
 
     def take(self, rows: Tensor) -> TokenSpans:
         """Return the same for some of the rows."""
-        return TokenSpans(
-            {name: where[rows] for name, where in self.of.items()}, self.present[rows]
-        )
+        answer = None if self.answer is None else self.answer[rows]
+        of = {name: where[rows] for name, where in self.of.items()}
+        return TokenSpans(of, self.present[rows], answer)
 
     @cached_property
     def _weights(self) -> Tensor:

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from evolora.errors import ConfigError
 from evolora.experts.bank import GrowingStack
 from evolora.routing.route import BASE
-from evolora.routing.selector import Selection, Selector
+from evolora.routing.selection import Selection
+from evolora.routing.selector import Selector
 
 EMA_ROWS = 64
 """Training samples per update of a moving average."""

@@ -54,6 +54,7 @@ def load(
     images: str | Path | None = None,
     metric: str | Mapping[str, str] = "exact-match",
     max_new_tokens: int | Mapping[str, int] = MAX_NEW_TOKENS,
+    answer_format: str | Mapping[str, str] = "",
     order: Sequence[str] | None = None,
     test_fraction: float = 0.2,
     val_fraction: float = 0.1,
@@ -68,6 +69,8 @@ def load(
             them.
         metric: of all tasks, or task -> its own: a metric of generated texts.
         max_new_tokens: longest answer, of all tasks, or task -> its own.
+        answer_format: form that the questions ask for ("yes-no", "words:3"), of all tasks, or task
+            -> its own; see :mod:`evolora.evaluation.answers.formats`.
         order: task names to learn, in order; None for all: as they appear in a file, files and
             folders by name.
         test_fraction: share of each task's groups held out for testing where there is no test
@@ -80,7 +83,7 @@ def load(
     Raises:
         StreamError: nothing is there, or a file is malformed, then every bad row is named by its
             line number; a task cannot be split.
-        ConfigError: an unknown metric or task.
+        ConfigError: an unknown metric, format or task.
     """
     base = user_path(path)
     folder = None if images is None else user_path(images)
@@ -88,22 +91,25 @@ def load(
     by_task: dict[str, list[Asked]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
-    for name in [*(order or ()), *_named(metric), *_named(max_new_tokens)]:
+    for name in [*(order or ()), *named_tasks(metric, max_new_tokens, answer_format)]:
         if name not in by_task:
             raise unknown_name("task", name, by_task)
     tasks = []
     for name in order or by_task:
         splits = _split(name, by_task[name], (test_fraction, val_fraction), seed)
-        data = {part: Conversations(_limited(own, limit, seed, name, part)) for part, own in splits}
+        data = {
+            part: Conversations(limited_rows(own, limit, seed, name, part)) for part, own in splits
+        }
         tasks.append(
             Task(
                 name=name,
                 train=data["train"],
                 val=data["val"],
                 test=data["test"],
-                labels=LabelSpace.of_texts(_of(max_new_tokens, name, MAX_NEW_TOKENS)),
+                labels=LabelSpace.of_texts(setting_of(max_new_tokens, name, MAX_NEW_TOKENS)),
                 modalities=("image", "text"),
-                metric=_of(metric, name, "exact-match"),
+                metric=setting_of(metric, name, "exact-match"),
+                answer_format=setting_of(answer_format, name, ""),
             )
         )
     return Stream(name="conversations", tasks=tuple(tasks), source=f"{base} ({len(rows)} answers)")
@@ -151,19 +157,21 @@ def _split(
     return list(parts.items())
 
 
-def _limited(
+def limited_rows(
     rows: Sequence[Asked], limit: int | None, seed: int, name: str, part: str
 ) -> tuple[Asked, ...]:
+    """Return the rows, or at most ``limit`` of them, chosen by the seed, in their order."""
     if limit is None or len(rows) <= limit:
         return tuple(rows)
     order = torch.randperm(len(rows), generator=generator(seed, f"{name}/{part}/limit"))
     return tuple(rows[place] for place in sorted(order[:limit].tolist()))
 
 
-def _named(option: Any) -> Sequence[str]:
-    return list(option) if isinstance(option, Mapping) else []
+def named_tasks(*options: Any) -> Sequence[str]:
+    """Return the tasks that settings name."""
+    return [name for option in options if isinstance(option, Mapping) for name in option]
 
 
-def _of(option: Any, name: str, default: Any) -> Any:
+def setting_of(option: Any, name: str, default: Any) -> Any:
     """Return a setting of one task, given for all or by name."""
     return option.get(name, default) if isinstance(option, Mapping) else option

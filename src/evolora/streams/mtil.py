@@ -9,7 +9,7 @@ template, evaluation averages all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from evolora.streams.sampling import (
     generator,
     make_task,
     pick,
+    read_all,
     user_path,
 )
 from evolora.streams.task import LabelSpace, Stream, Task
@@ -71,11 +72,11 @@ def load(
             raise StreamError(f"{argument} must be at least 1; got {value}")
     if source == "folders":
         base = DEFAULT_ROOT if root is None else user_path(root)
-        listings = _gather(names, lambda name: _from_folders(name, base))
+        listings = read_all(names, lambda name: _from_folders(name, base), "MTIL data sets")
         where = f"folders below {base}"
     else:
         saved = None if root is None else user_path(root)
-        listings = _gather(names, lambda name: _from_hub(name, saved, hub or {}))
+        listings = read_all(names, lambda name: _from_hub(name, saved, hub or {}), "MTIL data sets")
         where = "the datasets library" if saved is None else f"saved data sets below {saved}"
     tasks = tuple(_task(name, listings[name], shots, limit, seed) for name in names)
     return Stream(name="mtil", tasks=tasks, source=f"MTIL, {len(tasks)} data sets from {where}")
@@ -94,22 +95,6 @@ def _order(order: str | Sequence[str]) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names):
         raise StreamError(f"an order names each data set once; got {list(names)}")
     return names
-
-
-def _gather(names: Sequence[str], read: Callable[[str], Listing]) -> dict[str, Listing]:
-    """Return every listing, or one error with what is wrong with each data set that fails."""
-    listings: dict[str, Listing] = {}
-    failures: list[str] = []
-    for name in names:
-        try:
-            listings[name] = read(name)
-        except (DataError, OSError) as error:  # OSError: a folder that cannot be listed
-            failures.append(f"{name}: {error}")
-    if failures:
-        raise StreamError(
-            f"{len(failures)} of {len(names)} MTIL data sets cannot be read: " + "; ".join(failures)
-        )
-    return listings
 
 
 def _from_folders(name: str, root: Path) -> Listing:

@@ -27,6 +27,7 @@ from evolora.streams.sampling import read_text
 MARKER = "<image>"
 SPEAKERS = ("human", "gpt")
 JSON_LINES = (".jsonl", ".ndjson")
+_LOOKED_AT = 20  # rows whose images tell which folder the names are relative to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,35 +54,62 @@ class Asked:
 
 
 def read_conversations(
-    file: Path, splits: Mapping[str, str], images: Path | None = None
+    file: Path, splits: Mapping[str, str], images: Path | Sequence[Path] | None = None
 ) -> list[Asked]:
     """Return the samples of a file.
 
     Args:
         file: JSON or JSON Lines.
         splits: spelling of a split -> "train", "val" or "test".
-        images: folder that image names are relative to; None is the file's own.
+        images: folder that image names are relative to, or several, see `image_folder`; None is the
+            file's own.
 
     Raises:
         StreamError: no such file, no JSON, no rows, or bad rows: not in the layout, an image that
             is not there, markers that are not as many as the images, an unknown split.
     """
-    folder = images or file.parent
-    by_line = file.suffix.lower() in JSON_LINES
-    rows = list(_lines(file) if by_line else _items(file))
-    if not rows:
-        raise StreamError(f"{file} has no rows")
+    rows = json_rows(file)
+    folders = images if isinstance(images, Sequence) else [images or file.parent]
+    folder = image_folder([row for _, _, row in rows], folders)
     found: list[Asked] = []
     bad: list[str] = []
-    for index, (number, row) in enumerate(rows):
+    for number, name, row in rows:
         fault = row if isinstance(row, str) else _fault(row, folder, splits)
         if fault:
             bad.append(f"line {number}: {fault}")
         else:
-            name = f"{file.name}:{number}" if by_line else f"{file.name}[{index}]"
             found += _asked(name, row, folder, str(row.get("task") or "") or file.stem, splits)
     refuse_bad(file, bad)
     return found
+
+
+def json_rows(file: Path) -> list[tuple[int, str, Any]]:
+    """Return (line, name of the row, row) of a JSON list or of JSON Lines.
+
+    A row that is no JSON object is a text that says why.
+
+    Raises:
+        StreamError: no such file, no JSON, or no rows.
+    """
+    by_line = file.suffix.lower() in JSON_LINES
+    rows = enumerate(_lines(file) if by_line else _items(file))
+    found = [
+        (line, f"{file.name}:{line}" if by_line else f"{file.name}[{place}]", row)
+        for place, (line, row) in rows
+    ]
+    if not found:
+        raise StreamError(f"{file} has no rows")
+    return found
+
+
+def image_folder(rows: Sequence[Any], folders: Sequence[Path]) -> Path:
+    """Return the first of the folders that holds an image of the first rows, else the first."""
+    if len(folders) == 1:
+        return folders[0]
+    named = [image_names(row) or () for row in rows if isinstance(row, dict)]
+    names = [name for names in named[:_LOOKED_AT] for name in names]
+    held = (folder for folder in folders for name in names if not image_fault(folder, name))
+    return next(held, folders[0])
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Any]]:
@@ -143,14 +171,14 @@ def _fault(row: Mapping[str, Any], folder: Path, splits: Mapping[str, str]) -> s
             return fault
     if len(turns) % 2:
         return "the last turn is a human's; it needs an answer"
-    images = _names(row)
+    images = image_names(row)
     if not isinstance(images, tuple):
         return f"image must be a file name or a list of them; got {row['image']!r}"
     marked = sum(turn["value"].count(MARKER) for turn in turns[::2])
     if images and marked not in (0, len(images)):
         return f"{len(images)} images and {marked} {MARKER} markers"
     for name in images:
-        fault = _image_fault(folder, name)
+        fault = image_fault(folder, name)
         if fault:
             return fault
     split = str(row.get("split") or "").lower()
@@ -173,7 +201,7 @@ def _turn_fault(index: int, turn: Any) -> str:
     return f"the value of turn {index + 1} must be a text; got {value!r}"
 
 
-def _names(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+def image_names(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Return the image files of a row; None where they are no names."""
     given: Any = row.get("image")
     names = [given] if isinstance(given, str) else [] if given is None else given
@@ -182,7 +210,8 @@ def _names(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     return None
 
 
-def _image_fault(folder: Path, name: str) -> str:
+def image_fault(folder: Path, name: str) -> str:
+    """Return what is wrong with an image's name, relative to a folder, or an empty string."""
     try:
         return "" if (folder / name).is_file() else f"no such image: {folder / name}"
     except (OSError, ValueError) as error:  # a name that no file can have
@@ -195,7 +224,7 @@ def _asked(
     """Yield the samples of a good row, which is called ``name``."""
     values: Sequence[Any] = [turn["value"] for turn in row["conversations"]]
     firsts = [value if isinstance(value, str) else value[0] for value in values]
-    names = _names(row) or ()
+    names = image_names(row) or ()
     split = str(row.get("split") or "").lower()
     for place in range(1, len(values), 2):
         answers = values[place]

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from evolora.errors import DataError, StreamError
 from evolora.streams.task import Example, Examples, Label, LabelSpace, Task
@@ -19,6 +19,7 @@ from evolora.streams.task import Example, Examples, Label, LabelSpace, Task
 if TYPE_CHECKING:  # listing the streams' names must not import torch
     import torch
 
+T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
     (
         *(".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jpe", ".jpeg", ".jpg", ".jp2"),
@@ -273,6 +274,31 @@ def read_text(path: Path, error: type[DataError] = DataError) -> str:
         raise error(f"{path} is not UTF-8 text; save it as UTF-8") from reason
     except OSError as reason:
         raise error(f"cannot read {path}: {reason.strerror}") from reason
+
+
+def read_all(names: Sequence[str], read: Callable[[str], T], what: str) -> dict[str, T]:
+    """Return what is read for every name, or one error with what is wrong with each that fails.
+
+    Args:
+        names: of data sets or tasks.
+        read: reads one; raises a DataError or OSError where it cannot.
+        what: they are, in the plural ("MTIL data sets").
+
+    Raises:
+        StreamError: some cannot be read.
+    """
+    found: dict[str, T] = {}
+    failures: list[str] = []
+    for name in names:
+        try:
+            found[name] = read(name)
+        except (DataError, OSError) as error:  # OSError: a folder that cannot be listed
+            failures.append(f"{name}: {error}")
+    if failures:
+        raise StreamError(
+            f"{len(failures)} of {len(names)} {what} cannot be read: " + "; ".join(failures)
+        )
+    return found
 
 
 def user_path(value: str | Path) -> Path:

@@ -110,6 +110,8 @@ class Task:
         metric: name of the metric of a test score: "accuracy" of one class per sample, "macro-f1"
             of several (see :mod:`evolora.evaluation.scores`); where answers are texts, one of
             ``evolora.registry.ANSWER_METRICS`` ("exact-match").
+        answer_format: where answers are texts, the form that the questions ask for ("yes-no",
+            "words:3", see :mod:`evolora.evaluation.answers.formats`); "" where they ask for none.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Task:
     labels: LabelSpace
     modalities: tuple[str, ...] = ("image",)
     metric: str = "accuracy"
+    answer_format: str = ""
 
     def __post_init__(self) -> None:
         if len(self.train) == 0 or len(self.test) == 0:
@@ -130,6 +133,12 @@ class Task:
             from evolora.registry import ANSWER_METRICS
 
             ANSWER_METRICS.get(self.metric)  # one of classes would fail after training
+        if self.answer_format:
+            from evolora.evaluation.answers.formats import parse_formats
+
+            if not self.labels.text:
+                raise StreamError(f"task {self.name!r} has classes; formats are of texts")
+            parse_formats(self.answer_format)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,6 +188,7 @@ class ContinualRun:
         scores: dict[str, float] = {}
         routes: dict[str, dict[str, int]] = {}
         cases: dict[str, dict[str, float]] = {}
+        forms: dict[str, dict[str, float]] = {"following": {}, "normalised": {}}
         by_task = self.stream.label_protocol == "task"
         space, offsets = (None, []) if by_task else seen_labels(tasks[: index + 1])
         whole = by_task and self.learner.backbone.answers != "heads"
@@ -196,10 +197,14 @@ class ContinualRun:
             result = self.learner.evaluate(task, labels=space, offset=offset)
             scores[task.name], routes[task.name] = result.score, dict(result.routes)
             cases[task.name] = dict(result.by_case)
+            for name, found in forms.items():
+                if (share := getattr(result, name)) is not None:
+                    found[task.name] = share
         self.record.matrix.set_row(index, scores)
         entry: dict[str, Any] = {"task": tasks[index].name, "routes": routes}
         if any(set(found) - {CODE_NAMES[COMPLETE]} for found in cases.values()):
             entry["scores_by_missing"] = cases
+        entry.update({name: found for name, found in forms.items() if found})
         self.record.routes.append(entry)
 
     def _note(self, name: str, loss: float | None, learning: float, testing: float) -> None:

@@ -30,6 +30,7 @@ def references(name: str, rows: int) -> list[list[str]]:
 def test_the_metrics_of_the_issue_are_there() -> None:
     assert NAMES == [
         "cider-d",
+        "cider-d-share",
         "exact-match",
         "iou-accuracy",
         "option-accuracy",

@@ -56,6 +56,12 @@ def cider_d(predictions: Sequence[str], references: Sequence[References]) -> lis
     )
 
 
+@over_corpus("cider-d-share", summary="CIDEr-D as a share of its best, to average with accuracies")
+def cider_d_share(predictions: Sequence[str], references: Sequence[References]) -> list[float]:
+    """Return the CIDEr-D of each caption over 10, from 0 to 1."""
+    return [score / 10.0 for score in cider_d(predictions, references)]
+
+
 def cider_d_of_words(
     predictions: Sequence[Words], references: Sequence[Sequence[Words]]
 ) -> list[float]:

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 
 from evolora.errors import DataError
 from evolora.evaluation.answers.contract import AnswerMetric, References, Scores
+from evolora.evaluation.answers.formats import (
+    NORMALISED,
+    AnswerFormat,
+    follows,
+    normalised_match,
+)
 from evolora.streams.missing import CODE_NAMES, COMPLETE
 
 
@@ -39,10 +45,12 @@ class AnswerTally:
 
     Args:
         metric: how they are judged.
+        formats: what the task asks for; none where it does not say.
     """
 
-    def __init__(self, metric: AnswerMetric) -> None:
+    def __init__(self, metric: AnswerMetric, formats: tuple[AnswerFormat, ...] = ()) -> None:
         self.metric = metric
+        self.formats = formats
         self._answered: dict[int, Answered] = {}
 
     def __len__(self) -> int:
@@ -90,6 +98,22 @@ class AnswerTally:
         for one, score in zip(self.answered(), found, strict=True):
             parts.setdefault(CODE_NAMES[one.code], []).append(score)
         return {name: math.fsum(parts[name]) / len(parts[name]) for name in sorted(parts)}
+
+    def following(self) -> float | None:
+        """Return the share of answers in the format that was asked for; None where none was."""
+        if not self.formats:
+            return None
+        answered = self.answered()
+        kept = [follows(self.formats, one.prediction, one.references) for one in answered]
+        return sum(kept) / len(kept)
+
+    def normalised(self) -> float | None:
+        """Return the accuracy whatever the answers' form; None without format or exact metric."""
+        if not self.formats or self.metric.name not in NORMALISED:
+            return None
+        answered = self.answered()
+        right = [normalised_match(self.formats, one.prediction, one.references) for one in answered]
+        return math.fsum(right) / len(right)
 
     def answered(self) -> list[Answered]:
         """Return the answers in the order of the test set."""

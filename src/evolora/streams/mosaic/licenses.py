@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evolora.streams.mosaic.families import EMOJI_SPLITS, FLAG_SPLITS, ICON_SPLITS
 from evolora.streams.mosaic.furniture import catalogue
+from evolora.streams.mosaic.instruction_suite import TASKS as INSTRUCTIONS
 from evolora.streams.mosaic.pair_suite import TASKS
 from evolora.streams.mosaic.sources import fetch
 from evolora.streams.mosaic.suite import DOMAINS
@@ -21,14 +22,21 @@ def license_text(cache: Path | None) -> str:
     index = json.loads((fetch("iconify", cache) / "package" / "collections.json").read_text())
     used = [EMOJI_SPLITS, FLAG_SPLITS, ICON_SPLITS]
     prefixes = {prefix for table in used for group in table.values() for prefix in group}
-    lines = ["# Licenses of the pictures and texts in mosaic/domains and mosaic/missing", ""]
+    lines = ["# Licenses of the pictures and texts of the mosaic streams", ""]
     lines += ["| stream | domain or task | source | terms |", "|---|---|---|---|"]
     lines += [f"| domains | {row.name} | {row.source} | {row.licence} |" for row in DOMAINS]
     lines += [f"| missing | {row.name} | {row.source} | {row.licence} |" for row in TASKS]
     lines += [
+        f"| instructions | {row.name} | {row.source} | {row.licence} |" for row in INSTRUCTIONS
+    ]
+    lines += [
         "",
-        "All pictures were rasterized at 64x64 pixels and padded; nothing else was changed.",
-        "A text is a few of the keywords that the source gives for a picture.",
+        "All pictures were rasterized at 64x64 pixels and padded; nothing else was changed",
+        "but in mosaic/instructions: at most 48 colors each, flags are shown smaller too, and",
+        "scenes are composed of two emoji.",
+        "A text of mosaic/missing is a few of the keywords that the source gives for a picture.",
+        "Texts of mosaic/instructions are the project's own; the words for icons were chosen among",
+        "keywords of Lucide (ISC), Phosphor (MIT) and Material Design Icons (Apache-2.0).",
     ]
     lines += ["", "## Iconify sets (npm @iconify/json)", ""]
     lines += ["| set | name | author | license |", "|---|---|---|---|"]

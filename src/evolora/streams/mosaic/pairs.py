@@ -117,23 +117,23 @@ def clip_art_pairs(classes: Mapping[str, str], cache: Path | None, size: Size) -
     root = fetch("clip-art", cache) / "usr/share/openclipart/svg"
     for name, folder in classes.items():
         paths = sorted((root / folder).glob("*.svg"))
-        side = sides(map(_series, paths), folder)
+        side = sides(map(series_of, paths), folder)
         random.Random(f"{SEED}/{folder}").shuffle(paths)
         for path in paths[: _CLIP_ART_TRIED if size == "compact" else None]:
             svg = path.read_text(encoding="utf-8", errors="replace")
-            draw, series = partial(render.render_svg, svg), _series(path)
-            if "PublicDomain" in svg and _shows_something(draw):
+            draw, series = partial(render.render_svg, svg), series_of(path)
+            if "PublicDomain" in svg and shows_something(draw):
                 words, key = clip_art_keywords(svg), f"{folder}/{path.name}"
                 thing = f"{folder}/{series}"
                 yield Pair(name, side[series], "openclipart", draw, (name,), words, thing, key)
 
 
-def _series(path: Path) -> str:
+def series_of(path: Path) -> str:
     """Returns the file's name without number: what one author drew as a series."""
     return " ".join(re.sub(r"[\d_-]+", " ", path.stem).split())
 
 
-def _shows_something(draw: Callable[[], Image.Image]) -> bool:
+def shows_something(draw: Callable[[], Image.Image]) -> bool:
     try:
         image = draw()
     except DataError:

@@ -54,8 +54,8 @@ _GARMENTS = (
     "bag",
     "ankle boot",
 )
-_COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-_SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
 
 # A domain is a source with its own look: emoji in a chat bubble, flags before a sky, icons on a
 # dark tile, letters on a blackboard, furniture in a pink studio; the others bring their ground.
@@ -119,8 +119,8 @@ def shape_facts(question: str, answer: str) -> set[str]:
         negated = "not" in words or "no" in words
         if (answer == "yes") == negated:
             return set()
-        return {word for word in words if word in _COLORS + _SHAPES}
-    return {word for word in [*words, answer] if word in _COLORS + _SHAPES}
+        return {word for word in words if word in COLORS + SHAPES}
+    return {word for word in [*words, answer] if word in COLORS + SHAPES}
 
 
 def shape_samples(cache: Path | None, size: Size) -> Iterator[Sample]:
@@ -130,8 +130,8 @@ def shape_samples(cache: Path | None, size: Size) -> Iterator[Sample]:
         for question, answer, image in json.loads((root / part / "questions.json").read_text()):
             facts[image] |= shape_facts(question, answer)
         for image, words in sorted(facts.items()):
-            colors = [word for word in words if word in _COLORS]
-            shapes = [word for word in words if word in _SHAPES]
+            colors = [word for word in words if word in COLORS]
+            shapes = [word for word in words if word in SHAPES]
             if len(colors) != 1 or len(shapes) != 1:
                 continue
             split = "test" if part == "test" else "val" if image % 10 == 9 else "train"
@@ -143,7 +143,7 @@ def open_square(path: Path) -> Image.Image:
     return render.pad_to_square(Image.open(path))
 
 
-def _drawn_on(board: str, draw: Callable[[], Image.Image]) -> Image.Image:
+def drawn_on(board: str, draw: Callable[[], Image.Image]) -> Image.Image:
     return render.on_board(draw(), board)
 
 
@@ -176,7 +176,7 @@ def icon_samples(cache: Path | None, size: Size) -> Iterator[Sample]:
                 concept = icon_base_name(key)
                 if concept in concepts:
                     name = concept.replace("-", " ")
-                    draw = partial(_drawn_on, TILE, partial(draw_icon, icons, key))
+                    draw = partial(drawn_on, TILE, partial(draw_icon, icons, key))
                     yield Sample(name, split, family_of(prefix), draw)
 
 
@@ -188,7 +188,7 @@ def script_samples(cache: Path | None, size: Size) -> Iterator[Sample]:
         for split, count in zip(SPLITS, _SNIPPETS[size], strict=True):
             seed = f"{script.name}/{split}"
             for draw in snippets(script.font, letters[split], count, seed):
-                chalk = partial(_drawn_on, BOARD, draw)
+                chalk = partial(drawn_on, BOARD, draw)
                 yield Sample(script.name, split, f"{script.font.stem}", chalk)
 
 

@@ -254,12 +254,14 @@ def metrics(
     Console().print(table)
 
 
-KINDS = ("methods", "streams", "backbones", "metrics")
+KINDS = ("methods", "streams", "backbones", "metrics", "regularizers")
 
 
 @app.command("ls")
 def list_kind(
-    kind: Annotated[str, typer.Argument(help="methods, streams, backbones or metrics")],
+    kind: Annotated[
+        str, typer.Argument(help="methods, streams, backbones, metrics or regularizers")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """List what is there."""
@@ -276,9 +278,9 @@ def list_kind(
 
 def _entries(kind: str) -> list[dict[str, str]]:
     from evolora.assets import embedded_backbones
-    from evolora.registry import ANSWER_METRICS, BACKBONES, METHODS, STREAMS
+    from evolora.registry import ANSWER_METRICS, BACKBONES, METHODS, REGULARIZERS, STREAMS
 
-    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS)
+    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS, REGULARIZERS)
     registry = dict(zip(KINDS, registries, strict=True))[kind]
     rows = [{"name": entry.name, "summary": entry.summary} for entry in registry]
     if kind == "backbones":

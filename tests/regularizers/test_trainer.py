@@ -157,6 +157,7 @@ def test_bf16_forwards_are_measured_in_float32(tmp_path: Path) -> None:
     assert all(torch.isfinite(g).all() for g in pulled(tmp_path, FEATURES, bf16=True).values())
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_regularised(tmp_path: Path) -> None:
     plain = pulled(tmp_path, FEATURES)
     compiled = pulled(tmp_path, FEATURES, torch_compile=True, torch_compile_backend="aot_eager")

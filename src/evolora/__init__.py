@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from evolora.methods.moe_lora import MoELoRAConfig as MoELoRA
     from evolora.methods.rebq import RebQConfig as RebQ
     from evolora.methods.zero_shot import ZeroShotConfig as ZeroShot
-    from evolora.regularizers.settings import ResoraConfig as Resora
+    from evolora.regularizers.settings import ResoraConfig
     from evolora.training.config import TrainingConfig
 
 _PUBLIC = {
@@ -54,7 +54,7 @@ _PUBLIC = {
     "MoEAdapters": ("evolora.methods.moe_adapters", "MoEAdaptersConfig"),
     "MoELoRA": ("evolora.methods.moe_lora", "MoELoRAConfig"),
     "RebQ": ("evolora.methods.rebq", "RebQConfig"),
-    "Resora": ("evolora.regularizers.settings", "ResoraConfig"),
+    "ResoraConfig": ("evolora.regularizers.settings", "ResoraConfig"),
     "SequentialLoRA": ("evolora.methods.lora", "SequentialLoRAConfig"),
     "TrainingConfig": ("evolora.training.config", "TrainingConfig"),
     "ZeroShot": ("evolora.methods.zero_shot", "ZeroShotConfig"),
@@ -82,7 +82,7 @@ __all__ = [
     "MoEAdapters",
     "MoELoRA",
     "RebQ",
-    "Resora",
+    "ResoraConfig",
     "SequentialLoRA",
     "TrainingConfig",
     "ZeroShot",

@@ -66,8 +66,8 @@ class Learner:
         evaluation_cache: decode a test image and run the untouched base on it once, not in every
             evaluation.
         samples: what is known of samples already; shared by learners on one backbone.
-        regularizers: settings of losses on experts, e.g. ``evolora.Resora()``; of training alone,
-            so that they are no part of what is learned and saved.
+        regularizers: settings of losses on experts, e.g. ``evolora.ResoraConfig()``; they are part
+            of training, not of what is learned and saved.
 
     Raises:
         ConfigError: a setting of ``training``, or a regularizer, does not go with the method (the

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from evolora.methods.coda_prompt import CodaPromptConfig as CodaPrompt
     from evolora.methods.d_mole import DMoLEConfig as DMoLE
     from evolora.methods.delo import DeLoConfig as DeLo
+    from evolora.methods.dyn_mole import DynMoLEConfig as DynMoLE
     from evolora.methods.er import ERConfig as ER
     from evolora.methods.ewc import EWCConfig as EWC
     from evolora.methods.full_finetuning import FullFinetuningConfig as FullFinetuning
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from evolora.methods.lora import SequentialLoRAConfig as SequentialLoRA
     from evolora.methods.map import MapConfig as Map
     from evolora.methods.moe_adapters import MoEAdaptersConfig as MoEAdapters
+    from evolora.methods.moe_cl import MoECLConfig as MoECL
     from evolora.methods.moe_lora import MoELoRAConfig as MoELoRA
     from evolora.methods.rebq import RebQConfig as RebQ
     from evolora.methods.zero_shot import ZeroShotConfig as ZeroShot
@@ -41,6 +43,7 @@ _PUBLIC = {
     "CodaPrompt": ("evolora.methods.coda_prompt", "CodaPromptConfig"),
     "DMoLE": ("evolora.methods.d_mole", "DMoLEConfig"),
     "DeLo": ("evolora.methods.delo", "DeLoConfig"),
+    "DynMoLE": ("evolora.methods.dyn_mole", "DynMoLEConfig"),
     "ER": ("evolora.methods.er", "ERConfig"),
     "EWC": ("evolora.methods.ewc", "EWCConfig"),
     "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
@@ -52,6 +55,7 @@ _PUBLIC = {
     "LoRAPerTask": ("evolora.methods.lora", "LoRAPerTaskConfig"),
     "Map": ("evolora.methods.map", "MapConfig"),
     "MoEAdapters": ("evolora.methods.moe_adapters", "MoEAdaptersConfig"),
+    "MoECL": ("evolora.methods.moe_cl", "MoECLConfig"),
     "MoELoRA": ("evolora.methods.moe_lora", "MoELoRAConfig"),
     "RebQ": ("evolora.methods.rebq", "RebQConfig"),
     "ResoraConfig": ("evolora.regularizers.settings", "ResoraConfig"),
@@ -71,6 +75,7 @@ __all__ = [
     "CodaPrompt",
     "DMoLE",
     "DeLo",
+    "DynMoLE",
     "Evaluation",
     "FullFinetuning",
     "GradientAllocation",
@@ -80,6 +85,7 @@ __all__ = [
     "LoRAPerTask",
     "Map",
     "MoEAdapters",
+    "MoECL",
     "MoELoRA",
     "RebQ",
     "ResoraConfig",

@@ -203,7 +203,7 @@ def _example(method: Method, sources: Sequence[Mapping[str, Any]], index: int) -
         if not inputs:
             raise DataError("neither an image nor a text was given; pass at least one of them")
         if "image" in inputs:
-            inputs["image"] = read_image(inputs["image"])
+            inputs["image"] = _read(method, inputs["image"])
         if "text" in inputs and not isinstance(inputs["text"], str):
             raise DataError(f"a text must be a string; got {type(inputs['text']).__name__}")
     except DataError as error:
@@ -211,7 +211,16 @@ def _example(method: Method, sources: Sequence[Mapping[str, Any]], index: int) -
             raise
         kind = "image" if len(method.backbone.modalities) == 1 else "input"
         raise DataError(f"{kind} {index + 1} of {len(sources)}: {error}") from error
-    return Example(inputs=inputs, label=0, key=str(index))
+    return Example(inputs=inputs, label=0, key=f"input {index + 1}")
+
+
+def _read(method: Method, source: Any) -> Any:
+    """Return an input's image; where the model writes, several of them may go with one text."""
+    if not isinstance(source, tuple):
+        return read_image(source)
+    if method.backbone.answers != "text":
+        raise DataError(f"this model looks at one image at a time; got {len(source)} with one text")
+    return tuple(read_image(one) for one in source)
 
 
 def _check_classes(classes: Sequence[str] | None) -> None:

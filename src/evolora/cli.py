@@ -128,21 +128,27 @@ def predict(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder or artefact")],
     files: Annotated[list[str] | None, typer.Argument(help="image files")] = None,
     image: Annotated[str, typer.Option(help="one image, to go with --text")] = "",
-    text: Annotated[str | None, typer.Option(help="one text, with or without --image")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="one text about the image, all images, or none")
+    ] = None,
     classes: Annotated[str, typer.Option(help="comma-separated class names to choose from")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Answer images (or an image, a text or both); says which task answered, or the base."""
-    from evolora.errors import DataError
+    """Answer images (or an image, a text or both); says which task answered, or the base.
 
+    Several images with --text are one input, for models that write; the text may say by <image>
+    where each of them stands.
+    """
     images = [*(files or []), *([image] if image else [])]
-    if text is not None and len(images) > 1:
-        raise DataError(f"--text goes with one image or none; got {len(images)} images")
     learner = learner_of(run_folder)
     names = [word.strip() for word in classes.split(",") if word.strip()] or None
-    texts = None if text is None else [text]
-    answers = learner.predict(images or None, texts, classes=names)
-    sources = images or ["text"]
+    together = text is not None and len(images) > 1
+    answers = learner.predict(
+        [tuple(images)] if together else images or None,
+        None if text is None else [text],
+        classes=names,
+    )
+    sources = [", ".join(images)] if together else images or ["text"]
     if as_json:
         print_json(
             [

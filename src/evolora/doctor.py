@@ -33,7 +33,7 @@ def examine() -> list[dict[str, Any]]:
     """Return findings: name, ok, optional, detail."""
     findings = [_package(name) for name in REQUIRED]
     findings += [_optional(name, use) for name, use in OPTIONAL.items()]
-    findings += [_images(), _devices(), _threads(), _assets(), _disk(Path.cwd())]
+    findings += [_images(), _devices(), _threads(), _assets(), _instructions(), _disk(Path.cwd())]
     return findings
 
 
@@ -98,6 +98,21 @@ def _assets() -> dict[str, Any]:
     detail = f"backbones {', '.join(backbones) or 'none'}; streams {found or 'none'}"
     ok = bool(backbones) and not lost
     return _finding("embedded assets", ok, detail if ok else detail + "; reinstall evolora")
+
+
+def _instructions() -> dict[str, Any]:
+    """Return how many tasks of published instruction sets are where they are looked for first."""
+    from evolora.streams.instruction_sets import SETS
+    from evolora.streams.published_instructions import DEFAULT_ROOT
+
+    found = {
+        name: sum(task.find(one.places(DEFAULT_ROOT)) is not None for task in one.tasks)
+        for name, one in SETS.items()
+    }
+    parts = [f"{name} {count} of {len(SETS[name].tasks)} tasks" for name, count in found.items()]
+    detail = f"below {DEFAULT_ROOT}/: {', '.join(parts)}"
+    advice = "; docs/streams.md says where they come from"
+    return _finding("published instructions", True, detail + advice * (not any(found.values())))
 
 
 def _disk(folder: Path) -> dict[str, Any]:

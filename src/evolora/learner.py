@@ -387,7 +387,8 @@ class Learner:
         Args:
             images: one image or a list: file names, bytes, PIL images or uint8 arrays.
             texts: one text or a list, for backbones that see texts. Either side may be left out;
-                in a list, None is what an input lacks.
+                in a list, None is what an input lacks. Where the model writes, a tuple in the list
+                of images holds several of one input.
             classes: class names to choose from, with the templates of the task that answers. None
                 lets the task that answers choose among its own classes; the base chooses among all
                 classes of all learned tasks.

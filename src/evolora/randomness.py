@@ -2,7 +2,8 @@
 
 Nothing here keeps generator state between steps, so a run that is killed and resumed draws exactly
 what it would have drawn, and a run on several processes draws what one process would have: noise is
-drawn for the whole global batch and each process takes its own rows.
+drawn for the whole global batch and each process takes its own rows. The shape of a row must then
+be the same everywhere.
 """
 
 from __future__ import annotations

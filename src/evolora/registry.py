@@ -104,10 +104,12 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.delo",
         "evolora.methods.dyn_mole",
         "evolora.methods.l2p",
+        "evolora.methods.lwf",
         "evolora.methods.map",
         "evolora.methods.moe_adapters",
         "evolora.methods.moe_cl",
         "evolora.methods.moe_lora",
+        "evolora.methods.o_lora",
         "evolora.methods.rebq",
     ),
 )

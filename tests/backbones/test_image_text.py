@@ -12,10 +12,11 @@ from tests.backbones.writers import FAMILIES, IMAGE, picture, samples, writer
 from tests.conftest import toy_model
 from torch import Tensor
 
+from evolora.backbones.answer_tokens import NO_ANSWER
 from evolora.backbones.base import Batch, check_labels
 from evolora.backbones.dialogue import Dialogues
 from evolora.backbones.families import family_of
-from evolora.backbones.image_text import NO_ANSWER, ImageText
+from evolora.backbones.image_text import ImageText
 from evolora.backbones.loading import load_backbone, wrap_model
 from evolora.errors import ConfigError, DataError
 from evolora.routing.route import BASE, Route
@@ -50,10 +51,8 @@ def with_answer(inputs: dict[str, Any], answer: Tensor) -> dict[str, Any]:
 def test_base_logits_of_a_sample_are_the_stock_models_bit_for_bit(backbone: ImageText) -> None:
     for example in samples():
         batch = backbone.collate([example])
-        answers = batch.inputs["answer_ids"]
-        backbone._place(batch, base_route(batch), answers.shape[1])
         with torch.no_grad():
-            ours = backbone.answer_logits(batch, answers)
+            ours, answers = backbone.answer_logits(batch, base_route(batch))
             inputs = with_answer(stock_inputs(backbone, example), answers[0])
             kept = answers.shape[1] + 1
             stock = backbone.model(**inputs, use_cache=False, logits_to_keep=kept).logits
@@ -90,26 +89,28 @@ def test_base_texts_are_those_of_stock_generate(backbone: ImageText) -> None:
 
 def test_logits_do_not_depend_on_padding_on_the_left(backbone: ImageText) -> None:
     whole = backbone.collate(samples())
-    longest = whole.inputs["answer_ids"]
     with torch.no_grad():
-        backbone._place(whole, base_route(whole), longest.shape[1])
-        together = backbone.answer_logits(whole, longest)
+        together, _ = backbone.answer_logits(whole, base_route(whole))
         for row, example in enumerate(samples()):
             alone = backbone.collate([example])
-            answers = alone.inputs["answer_ids"]
-            backbone._place(alone, base_route(alone), answers.shape[1])
-            own = backbone.answer_logits(alone, answers)[0]
+            own = backbone.answer_logits(alone, base_route(alone))[0][0]
             torch.testing.assert_close(together[row, : len(own)], own, atol=1e-4, rtol=1e-4)
 
 
 def test_an_answer_longer_than_the_limit_is_cut(backbone: ImageText) -> None:
     batch = backbone.collate(samples())
     short = backbone.answer_losses(batch, base_route(batch), limit=1)
-    answers = batch.inputs["answer_ids"][:, :1]
     with torch.no_grad():
-        logits = backbone.answer_logits(batch, answers)
+        logits, answers = backbone.answer_logits(batch, base_route(batch), limit=1)
+    assert torch.equal(answers, batch.inputs["answer_ids"][:, :1])
     expected = -logits[:, 0].log_softmax(dim=1).gather(1, answers)[:, 0]
     torch.testing.assert_close(short, expected)
+    limits = [2, 1, 3, 9]
+    each = backbone.answer_losses(batch, base_route(batch), limit=limits)
+    for row, limit in enumerate(limits):
+        whole = backbone.answer_losses(batch, base_route(batch), limit=limit)
+        torch.testing.assert_close(each[row], whole[row], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(each, backbone.answer_losses(batch, base_route(batch)))
     texts = backbone.write(batch, base_route(batch), 2)
     assert all(len(text.split()) <= 2 for text in texts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evolora.bench import pairs, towers, train
+from evolora.bench import growth, pairs, towers, train
 from evolora.bench.settings import Settings
 
 
@@ -44,6 +44,8 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "CLASSES", 3)
     monkeypatch.setattr(pairs, "SIDE", 64)
     monkeypatch.setattr(pairs, "QUICK_SIDE", 64)
+    for name, value in {"WIDTH": 24, "HEADS": 2, "WORDS": 64}.items():
+        monkeypatch.setattr(growth, name, value)
     for name, value in {"WIDTH": 32, "MLP": 64, "HEADS": 2, "IMAGE": 48}.items():
         monkeypatch.setattr(towers, name, value)
 

@@ -9,10 +9,13 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from evolora.bench import BENCHES, layer, pairs, route, runner, tower
+from evolora.bench import BENCHES, growth, layer, pairs, route, runner, tower
 from evolora.bench.goals import GOALS
 from evolora.bench.layer import Shape
+from evolora.bench.memory import saved_bytes
 from evolora.bench.settings import Settings
 from evolora.errors import ConfigError
 
@@ -29,7 +32,7 @@ def run(bench: str, settings: Settings = TINY, **options: bool) -> runner.Report
     return runner.run([bench], settings, **options)
 
 
-@pytest.mark.parametrize("bench", ["tower", "serve", "pairs", "data"])
+@pytest.mark.parametrize("bench", ["tower", "serve", "pairs", "growth", "data"])
 def test_a_bench_fills_its_tables_and_measures_its_goals(bench: str, tiny_sizes: None) -> None:
     result = run(bench).results[0]
     assert result.complete and result.tables
@@ -78,6 +81,54 @@ def test_delo_of_the_bench_agrees_with_loops_in_float64(tiny_sizes: None) -> Non
         assert table.cells[pairs.EXPERTS]["error"] < 1e-5
         assert table.cells[pairs.WHOLE]["saved MiB"] > 0
     assert pairs.TWICE in steps[0].cells and pairs.ANEW in steps[1].cells
+
+
+def last_of(count: int) -> tuple[growth.Method, growth.Variant, dict[str, growth.Batch]]:
+    """A method in training on the last of so many tasks, its step, and the batch."""
+    settings = Settings(layers=2)
+    (make,) = growth.METHODS.values()
+    model = growth.llava(settings, 2)
+    method = growth.taught(make(), growth.ImageText(model, name="toy"), settings, count, 3)
+    name = growth.row_of(count)
+    batches = {name: growth.samples(settings, 3, count - 1, growth.LAST)}
+    return method, growth.step(name, method, name), batches
+
+
+def test_a_step_does_the_same_after_any_number_of_tasks(tiny_sizes: None) -> None:
+    done = {}
+    for count in (1, 6):
+        method, variant, batches = last_of(count)
+        own = {key: layer.bank for key, layer in method.layers.items() if layer.places.newest()}
+        assert own and sum(bank.A.active.numel() for bank in own.values()) > 0
+        with FlopCounterMode(display=False) as counted:
+            out = variant.once("step", batches)
+        trained = sum(p.numel() for p in method.trainable().values())
+        saved = saved_bytes(lambda v=variant, b=batches: v.run(b))
+        done[count] = (set(own), counted.get_total_flops(), trained, saved, out.shape)
+    assert done[1] == done[6]
+    assert done[1][1] > 0 and done[1][3] > 0
+
+
+def test_what_is_stored_grows_with_the_tasks_and_steps_change_no_weight(tiny_sizes: None) -> None:
+    stored = {}
+    for count in (1, 2, 3):
+        method, variant, batches = last_of(count)
+        before = {name: t.clone() for name, t in method.stored().items()}
+        assert all(p.grad is None for p in method.trainable().values())
+        variant.once("step", batches)
+        assert all(torch.equal(t, before[name]) for name, t in method.stored().items())
+        stored[count] = sum(t.nbytes for t in before.values())
+    assert stored[1] < stored[2] < stored[3]
+
+
+def test_a_full_growth_bench_weighs_steps_and_what_is_stored(tiny_sizes: None) -> None:
+    result = run("growth", replace(TINY, quick=False)).results[0]
+    (table,) = result.tables
+    assert list(table.cells) == [growth.row_of(count) for count in growth.TASKS]
+    assert all(cells["saved MiB"] > 0 for cells in table.cells.values())
+    sizes = [cells["stored MiB"] for cells in table.cells.values()]
+    assert sizes == sorted(set(sizes))
+    assert len({cells["trainable"] for cells in table.cells.values()}) == 1
 
 
 @pytest.fixture

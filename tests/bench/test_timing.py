@@ -128,11 +128,17 @@ def test_a_step_runs_backward_and_leaves_no_gradient_and_a_forward_builds_no_gra
         grads.append(torch.is_grad_enabled())
         return layer(x)
 
-    variant = Variant(name="v", run=run, modules=(layer,))
+    ended: list[bool] = []
+    variant = Variant(
+        name="v",
+        run=run,
+        modules=(layer,),
+        after=lambda: ended.append(layer.weight.grad is not None),
+    )
     x = torch.ones(2, 3, requires_grad=True)
     variant.once("forward", x)
     variant.once("step", x)
-    assert grads == [False, True]
+    assert grads == [False, True] and ended == [True]
     assert len(reached) == 1 and reached[0].abs().sum() > 0
     assert layer.weight.grad is None and x.grad is None
 

@@ -28,10 +28,12 @@ from evolora.methods.full_finetuning import FullFinetuningConfig
 from evolora.methods.l2p import L2PConfig
 from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
+from evolora.methods.lwf import LwFConfig
 from evolora.methods.map import MapConfig
 from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.methods.moe_cl import MoECLConfig
 from evolora.methods.moe_lora import MoELoRAConfig
+from evolora.methods.o_lora import OLoRAConfig
 from evolora.methods.rebq import RebQConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
@@ -79,6 +81,8 @@ CASES = {
     "sequential-lora": Case(config=SequentialLoRAConfig(r=3, lora_dropout=0.1)),
     "ewc": Case(config=EWCConfig(r=3, fisher_samples=5)),
     "er": Case(config=ERConfig(r=3, capacity=10)),
+    "lwf": Case(config=LwFConfig(r=3)),
+    "o-lora": Case(config=OLoRAConfig(r=3)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
     # Where gradients put experts is known only once data are there: every site has one here.

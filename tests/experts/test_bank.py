@@ -14,12 +14,13 @@ from evolora.experts.bank import ExpertBank, GrowingStack
 
 grow = st.tuples(st.just("grow"), st.integers(0, 3))
 freeze = st.tuples(st.just("freeze"), st.sets(st.integers(0, 20), max_size=6))
+drop = st.tuples(st.just("drop"), st.sets(st.integers(0, 20), max_size=3))
 widen = st.tuples(st.just("widen"), st.integers(0, 2))
 train = st.tuples(st.just("train"), st.just(0))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(grow, freeze, widen, train), max_size=12), st.randoms())
+@given(st.lists(st.one_of(grow, freeze, drop, widen, train), max_size=12), st.randoms())
 def test_rows_keep_their_identifier_through_any_sequence(steps, random) -> None:
     stack = GrowingStack(2, 3)
     draw = torch.Generator().manual_seed(random.randrange(10**6))
@@ -35,6 +36,11 @@ def test_rows_keep_their_identifier_through_any_sequence(steps, random) -> None:
             ids = {row for row in argument if row < len(rows)}
             stack.freeze(ids)
             frozen |= ids
+        elif action == "drop":
+            stack.drop(argument)
+            kept = [row for row in range(len(rows)) if row not in argument]
+            rows = [rows[row] for row in kept]
+            frozen = {place for place, row in enumerate(kept) if row in frozen}
         elif action == "widen":
             stack.widen(width + argument)
             rows = [torch.nn.functional.pad(row, (0, argument)) for row in rows]
@@ -182,3 +188,17 @@ def test_experts_may_start_normal_as_coins_do() -> None:
     assert abs(float(drawn.std()) - 0.01) < 2e-4
     assert float(drawn.abs().max()) > 0.03  # further out than a uniform one would reach
     assert not bank.B.active.any()
+
+
+def test_a_copy_is_frozen_and_stays_what_the_expert_was() -> None:
+    bank = ExpertBank(4, 3, 2, bias=True, activation="relu")
+    bank.grow(2, torch.Generator().manual_seed(0))
+    assert bank.add_copy(1) == 2 and bank.frozen_ids() == [2]
+    before = bank.A.all()[1].detach().clone()
+    with torch.no_grad():
+        bank.A.active.add_(1.0)
+    assert torch.equal(bank.A.all()[2], before) and torch.equal(bank.A.all()[1], before + 1.0)
+    bank.drop([0])
+    assert len(bank) == 2 and bank.frozen_ids() == [1]
+    assert torch.equal(bank.A.all(), torch.stack([before + 1.0, before]))
+    assert bank.A.active.requires_grad and bank.A.frozen.shape[0] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.backbones.writers import FAMILIES, IMAGE, samples, writer
 from tests.methods.test_writing import LINEARS, TASKS, TEXTS, TRAINING, disturb
 from torch import Tensor
 
+from evolora.backbones.base import Batch
 from evolora.backbones.image_text import ImageText
 from evolora.errors import ConfigError
 from evolora.experts.sites import Site
@@ -58,6 +60,11 @@ def decisions(method: BranchLoRA) -> tuple[dict[str, list[Gating]], Any]:
     return seen, lambda: [handle.remove() for handle in handles]
 
 
+def answered(batch: Batch, answers: Tensor) -> Batch:
+    """The same prompts with other answers (b, a)."""
+    return replace(batch, inputs={**batch.inputs, "answer_ids": answers})
+
+
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_a_layer_is_the_equation(renormalize: bool) -> None:
     layer = layer_of(r=3, lora_alpha=6.0, num_branches=4, renormalize=renormalize)
@@ -77,7 +84,7 @@ def test_a_layer_is_the_equation(renormalize: bool) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_one_branch_is_a_lora(dropout: float) -> None:
     lora = {"r": 4, "lora_alpha": 8.0, "lora_dropout": dropout, "target_modules": LINEARS}
-    one = BranchLoRAConfig(num_branches=1, top_k=1, **lora)
+    one = BranchLoRAConfig(num_branches=1, top_k=1, min_free_branches=1, **lora)
     left = BranchLoRA(one, writer("internvl"))
     right = SequentialLoRA(SequentialLoRAConfig(**lora), writer("internvl"))
     for method in (left, right):
@@ -131,9 +138,8 @@ def test_the_prompt_decides_for_all_that_is_written(kind: str, token: Any) -> No
     again, stop = decisions(method)
     for _ in range(6):  # a token that is unknown yet stands where its logits are asked for
         asked = torch.cat([answers, answers.new_zeros(4, 1)], dim=1)
-        backbone._place(batch, route, asked.shape[1])
         with torch.no_grad():
-            logits = backbone.answer_logits(batch, asked)
+            logits, _ = backbone.answer_logits(answered(batch, asked), route)
         answers = torch.cat([answers, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
     stop()
     ends = backbone._end_tokens
@@ -171,9 +177,8 @@ def test_padding_and_answers_do_not_decide() -> None:
         batch = backbone.collate(example)
         for answers in (batch.inputs["answer_ids"], batch.inputs["answer_ids"][:, :1]):
             seen, stop = decisions(method)
-            backbone._place(batch, method.make_route(0, batch), answers.shape[1])
             with torch.no_grad():
-                backbone.answer_logits(batch, answers)
+                backbone.answer_logits(answered(batch, answers), method.make_route(0, batch))
             stop()
             found.append([g[0] for key, g in seen.items() if key.startswith("language")])
     for other in found[1:]:

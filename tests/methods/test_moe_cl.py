@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,39 @@ def test_in_one_stream_padded_texts_do_not_count() -> None:
         random=StepRandom(0),
     )
     torch.testing.assert_close(_pooled(method, method.moe_layers()[0], longer), found)
+
+
+def test_two_experts_cost_the_base_no_further_product() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    backbone = writer("llava")
+    method = MoECL(MoECLConfig(**PLAIN), backbone)
+    method.begin_task("a", TEXTS)
+    batch = backbone.collate(samples()[:1])
+    route = method.make_route(0, batch)
+    counts = []
+    for stop in (backbone.host.disabled, nullcontext):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), stop():
+            backbone.encode(batch, route)
+        counts.append(int(counter.get_total_flops()))
+    tokens = batch.inputs["input_ids"].shape[1]
+    told = sum(layer.flops(tokens) for layer in method.moe_layers())
+    assert told / 2 < counts[1] - counts[0] <= told  # torch does not count products in place
+
+
+def test_gradient_checkpointing_gives_the_same_experts() -> None:
+    found = []
+    for wanted in (False, True):
+        learner = Learner(
+            writer("internvl"),
+            method=MoECLConfig(r=2, discriminator_memory=2, num_tasks=2),
+            training=replace(TRAINING, max_steps=2, gradient_checkpointing=wanted),
+        )
+        learner.learn(TASKS[0])
+        learner.learn(TASKS[1])
+        found.append([p.detach().clone() for p in learner.method.parameters()])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
 
 
 def test_llama_2_7b_has_362496_values_per_expert_and_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from tests.backbones.writers import FAMILIES, picture, samples, writer
 from tests.conftest import toy_task
+from tests.methods.texts import TEXTS, task
 
 from evolora.allocation.settings import GradientAllocationConfig
+from evolora.backbones.answer_tokens import NO_ANSWER
 from evolora.backbones.image_text import ImageText
 from evolora.errors import ConfigError
 from evolora.learner import Learner
+from evolora.methods.answers import Objective
 from evolora.methods.er import ERConfig
 from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
@@ -24,42 +28,19 @@ from evolora.methods.lora import (
     LoRAPerTaskConfig,
     SequentialLoRAConfig,
 )
+from evolora.methods.lwf import LwFConfig
+from evolora.methods.o_lora import OLoRAConfig
 from evolora.methods.zero_shot import ZeroShotConfig
+from evolora.regularizers.elastic import token_surprise
 from evolora.routing.route import BASE
 from evolora.routing.task_keys import TaskKeySelectorConfig
-from evolora.streams.task import Example, LabelSpace, Task
+from evolora.streams.task import LabelSpace, Task
 from evolora.training.config import TrainingConfig
 
-TEXTS = LabelSpace.of_texts(6)
 LINEARS = ("all-linear",)
 TRAINING = TrainingConfig(
     max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0, augment=False
 )
-
-
-class Questions:
-    """Questions about one picture or none, all with a task's own answer."""
-
-    def __init__(self, answer: str, rows: int, seed: int) -> None:
-        self.answer, self.rows, self.seed = answer, rows, seed
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index: int) -> Example:
-        words = ("what is it ?", "is this it ?", "where is it . what is this ?")
-        inputs: dict[str, Any] = {"text": f"{words[index % 3]} {self.answer.split()[0]}"}
-        if index % 4:
-            inputs["image"] = picture(self.seed + index)
-        return Example(inputs=inputs, label=self.answer, key=f"{self.answer}/{self.seed}/{index}")
-
-
-def task(name: str, answer: str, rows: int = 12) -> Task:
-    parts = [Questions(answer, count, seed) for count, seed in ((rows, 0), (4, 50), (6, 70))]
-    return Task(
-        name=name, train=parts[0], val=parts[1], test=parts[2], labels=TEXTS,
-        modalities=("image", "text"), metric="exact-match",
-    )  # fmt: skip
 
 
 TASKS = (task("first", "red dot"), task("second", "blue cross ."))
@@ -154,6 +135,9 @@ def test_the_loss_of_a_batch_is_the_mean_over_rows_not_over_tokens() -> None:
         SequentialLoRAConfig(r=2, lora_dropout=0.1, target_modules=LINEARS),
         LoRAPerTaskConfig(r=2, target_modules=LINEARS, selector=TaskKeySelectorConfig()),
         EWCConfig(r=2, fisher="empirical", fisher_samples=3),
+        EWCConfig(r=2, fisher_samples=3),
+        OLoRAConfig(r=2, lora_dropout=0.1),
+        LwFConfig(r=2, lora_dropout=0.1),
         ERConfig(r=2, capacity=6),
         FullFinetuningConfig(),
         LoRAPerTaskConfig(
@@ -200,6 +184,46 @@ def test_lora_learns_to_write_the_answer_of_each_task_and_keeps_it(tmp_path: Pat
         again.predict(picture(3), "what ?", classes=["red"])
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_by_default_every_linear_of_a_model_that_writes_gets_an_expert(kind: str) -> None:
+    backbone = writer(kind)
+    method = Learner(backbone, method=SequentialLoRAConfig(r=2)).method
+    every = backbone.sites("linear", target_modules=LINEARS)
+    assert list(method.layers) == [site.key for site in every]
+
+
+def test_replayed_rows_are_cut_to_the_longest_answer_of_their_own_task() -> None:
+    backbone = writer("internvl")
+    method = Learner(backbone, method=ERConfig(r=2, capacity=4)).method
+    for name, longest in (("short", 1), ("long", 6)):
+        method.begin_task(name, LabelSpace.of_texts(longest))
+    examples = [TASKS[1].train[row] for row in range(2)]
+    mixed = replace(backbone.collate(examples, task=1), tasks=(0, 1))
+    route = method.make_route(0, mixed)
+    each = [backbone.answer_losses(mixed, route, limit=limit) for limit in (1, 6)]
+    expected = (each[0][0] + each[1][1]) / 2
+    assert not torch.isclose(each[0][0], each[1][0])
+    method.objective = Objective()
+    torch.testing.assert_close(method(mixed)["loss"].detach(), expected.detach())
+
+
+def test_the_importance_of_a_model_that_writes_is_measured_on_drawn_tokens() -> None:
+    """Each token is drawn from the model's own chances; where an answer has ended there is none."""
+    draw = torch.Generator().manual_seed(0)
+    bias = torch.tensor([1.0, 0.0, -1.0], requires_grad=True)
+    answers = torch.tensor([[0, 2, NO_ANSWER]]).expand(4000, 3)
+    each = token_surprise(bias.expand(4000, 3, 3), answers, draw=draw)
+    assert not each[:, 2].any() and set(each.shape) == {4000, 3}
+    chances = bias.detach().softmax(0)
+    for token in (0, 1):
+        drawn = [torch.isclose(each[:, token], -chance.log()) for chance in chances]
+        shares = torch.stack([one.float().mean() for one in drawn])
+        torch.testing.assert_close(shares, chances, atol=0.03, rtol=0)
+    told = token_surprise(bias.expand(4000, 3, 3), answers)
+    expected = torch.stack([-chances[0].log(), -chances[2].log(), torch.zeros(())])
+    torch.testing.assert_close(told[0].detach(), expected)
+
+
 def test_joint_training_sees_both_tasks() -> None:
     learner = Learner(
         writer("llava"), method=JointLoRAConfig(r=2, target_modules=LINEARS), training=TRAINING
@@ -229,8 +253,8 @@ def test_what_does_not_go_together_is_refused() -> None:
     backbone = writer("llava")
     with pytest.raises(ConfigError, match="linear-probe learns classes; ImageText writes"):
         Learner(backbone, method=LinearProbeConfig())
-    with pytest.raises(ConfigError, match="fisher: sampled draws classes"):
-        Learner(backbone, method=EWCConfig())
+    with pytest.raises(ConfigError, match="logit_scope: seen is about classes"):
+        Learner(backbone, method=ERConfig(logit_scope="seen"))
     with pytest.raises(ConfigError, match="the task has classes, ImageText writes"):
         Learner(backbone, method=SequentialLoRAConfig(), training=TRAINING).learn(toy_task(0))
     with pytest.raises(ConfigError, match="unknown metric 'accuracy'"):

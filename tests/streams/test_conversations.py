@@ -144,7 +144,7 @@ def test_an_image_that_cannot_be_decoded_is_named_when_it_is_read(folder: Path) 
     (folder / "bad.png").write_bytes(b"nothing")
     rows = [row(image=f"{index}.png") for index in range(3)] + [row(image="bad.png", split="val")]
     (task,) = load(write(folder / "a.json", rows)).tasks
-    with pytest.raises(DataError, match=r"bad\.png"):
+    with pytest.raises(DataError, match=r"a\.json\[3\]: .*bad\.png"):
         task.val[0]
 
 

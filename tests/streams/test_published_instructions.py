@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.backbones.writers import writer
 from tests.streams import instruction_sets as build
 
 from evolora.config import load_stream
+from evolora.doctor import examine
 from evolora.errors import ConfigError, StreamError
+from evolora.learner import Learner
+from evolora.methods.lora import SequentialLoRAConfig
 from evolora.registry import ANSWER_METRICS
 from evolora.streams.instruction_sets import CMIT, COIN, SETS, UCIT
 from evolora.streams.task import Stream
+from evolora.training.config import TrainingConfig
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "cmit": build.cmit,
@@ -100,6 +105,29 @@ def test_cmit_asks_as_published(tmp_path: Path) -> None:
     limits = {task.name: task.labels.max_new_tokens for task in stream}
     assert limits["flickr30k"] == 30 and limits["vizwiz"] == limits["pmcvqa"] == 10
     assert limits["kvqa"] == limits["sk-vg"] == 100
+
+
+def test_the_source_says_which_tasks_are_trained_on_several_times(tmp_path: Path) -> None:
+    root = build.cmit(tmp_path / "data")
+    assert load("cmit", root).source == (
+        f"CMIT, 9 of 9 tasks below {root}; published training goes through sk-vg 5 times, "
+        "iconqa 5 times, vizwiz 5 times"
+    )
+    assert load("cmit", root, order=["kvqa"]).source == f"CMIT, 1 of 9 tasks below {root}"
+
+
+def test_a_model_learns_and_is_tested_on_tasks_of_every_kind(tmp_path: Path) -> None:
+    order = ["sk-vg", "textcaps", "iconqa", "vizwiz", "kvqa"]
+    stream = load("cmit", build.cmit(tmp_path / "data"), order=order, max_new_tokens=2)
+    training = TrainingConfig(
+        max_steps=1, per_device_train_batch_size=2, warmup_steps=0, augment=False,
+        label_smoothing_factor=0.0,
+    )  # fmt: skip
+    config = SequentialLoRAConfig(r=2, target_modules=("all-linear",))
+    learner = Learner(writer("internvl"), method=config, training=training)
+    for task in stream:
+        learner.learn(task)
+        assert 0.0 <= learner.evaluate(task).score <= 1.0
 
 
 def test_coin_and_ucit_ask_what_their_rows_say(tmp_path: Path) -> None:
@@ -243,6 +271,20 @@ def test_counts_that_are_not_the_published_ones_are_warned_of(
         "cmit/flickr30k has 1 test rows, the published set 1000: complete the data before "
         "comparing",
     ]
+
+
+def test_doctor_says_which_tasks_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def finding() -> str:
+        found = [one for one in examine() if one["name"] == "published instructions"]
+        return str(found[0]["detail"])
+
+    assert "cmit 0 of 9 tasks" in finding() and "docs/streams.md" in finding()
+    root = build.cmit(tmp_path / "data")
+    assert "cmit 9 of 9 tasks, coin 0 of 8" in finding() and "docs" not in finding()
+    (root / "kvqa" / "train.jsonl").unlink()
+    assert "cmit 8 of 9 tasks" in finding()
 
 
 def test_options_change_metrics_limits_images_and_size(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def write_corpus(folder: Path, names: Sequence[str]) -> Path:
     label = np.arange(32, dtype=np.int32) % len(names)
     pictures = [np.asarray(square(COLORS[name], row)) for row, name in enumerate(label)]
     np.save(folder / "images.npy", np.stack(pictures))
-    np.savez(folder / "labels.npz", name=label, group=(label % 2).astype(np.uint8))
+    group, family = (label % 2).astype(np.uint8), (np.arange(32) // 4).astype(np.int16)
+    np.savez(folder / "labels.npz", name=label, group=group, family=family)
     head = {"groups": ["emoji", "icons"], "names": list(names)}
     (folder / "corpus.json").write_text(json.dumps(head))
     return folder

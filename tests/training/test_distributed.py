@@ -85,7 +85,15 @@ HARD: dict[str, Any] = {"augment": True, "max_classes_per_step": 2, "max_grad_no
         "allocated-lora",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("er", "ewc", "full-finetuning", "joint-lora", "linear-probe", "zero-shot")
+            for name in (
+                "d-mole",
+                "er",
+                "ewc",
+                "full-finetuning",
+                "joint-lora",
+                "linear-probe",
+                "zero-shot",
+            )
         ),
     ],
 )
@@ -101,6 +109,25 @@ def test_two_processes_equal_one_on_the_same_global_batch(method: str, tmp_path:
     assert first["shown"] > 0 and second["shown"] == 0  # one progress display, one log
     settings = json.loads((tmp_path / "two" / "run.json").read_text())
     assert settings["processes"] == 2
+
+
+@pytest.mark.parametrize("method", ["lwf", pytest.param("o-lora", marks=pytest.mark.slow)])
+def test_two_processes_write_what_one_writes(method: str, tmp_path: Path) -> None:
+    """Each process answers its part of a test set; texts are gathered and judged together."""
+    # Prompts, answers and images of the processes differ in size, and dropout is on in all towers.
+    small: dict[str, Any] = {
+        "max_steps": 14, "learning_rate": 2e-2, "augment": False, "label_smoothing_factor": 0.0
+    }  # fmt: skip
+    two(tmp_path / "two", method, per_device_train_batch_size=2, **small)
+    one = worker.toy_run(tmp_path / "one", method, per_device_train_batch_size=4, **small)
+    with worker.texts_written() as texts:
+        matrix = one.run()
+    assert matrix.values[0, 0] > 0 and matrix.values[1, 1] > 0
+    assert_same_result(tmp_path / "two", tmp_path / "one")
+    assert len(texts) == 6 and {len(written) for written in texts} == {6}
+    assert len({text for written in texts for text in written}) > 6
+    for index in (0, 1):
+        assert rank(tmp_path / "two", index)["texts"] == texts
 
 
 @pytest.mark.slow

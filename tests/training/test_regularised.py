@@ -21,6 +21,7 @@ from evolora.experts.bank import ExpertBank
 from evolora.learner import Learner, Progress
 from evolora.methods.lora import LoRAPerTaskConfig, SequentialLoRAConfig
 from evolora.methods.moe_adapters import MoEAdaptersConfig
+from evolora.methods.o_lora import OLoRAConfig
 from evolora.regularizers.settings import ResoraConfig
 from evolora.routing.selector import OracleSelectorConfig
 from evolora.storage.state import export_state, load_state
@@ -164,6 +165,23 @@ def test_old_experts_keep_new_ones_away_from_their_subspaces() -> None:
                 total += float((old.T @ new).pow(2).sum())
         shared[name] = total
     assert shared["held"] < 0.8 * shared["free"]
+
+
+def test_o_lora_s_own_term_is_a_setting() -> None:
+    term = ResoraConfig(
+        weight=0.5, warmup=0.0, measure_down="overlap", measure_up="none", across="tasks",
+        reduction="sum",
+    )  # fmt: skip
+    states = []
+    for orthogonality, configs in ((0.5, []), (0.0, [term]), (0.0, [])):
+        learner = learner_of(OLoRAConfig(r=2, orthogonality=orthogonality), max_steps=6)
+        learner.regularizers = configs
+        for task in range(2):
+            learner.learn(toy_task(task, 20))
+        states.append(export_state(learner.method))
+    own, setting, free = states
+    torch.testing.assert_close(setting, own, rtol=1e-4, atol=1e-5)
+    assert not close(free, own)
 
 
 def test_a_task_that_was_broken_off_goes_on_with_its_learned_scales() -> None:

@@ -11,23 +11,36 @@ import pytest
 from tests.backbones.writers import writer
 
 from evolora.config import parse_config
-from evolora.evaluation.inspection import inspect_config
+from evolora.evaluation.inspection import inspect_config, inspect_run
 from evolora.learner import Learner
 from evolora.methods.branch_lora import BranchLoRAConfig
 from evolora.methods.dyn_mole import DynMoLEConfig
 from evolora.methods.moe_cl import MoECLConfig
 from evolora.methods.moe_lora import MoELoRAConfig
+from evolora.registry import METHODS
 from evolora.report import RunRecord
 from evolora.training.continual import ContinualRun
 
+ASKED = "{} ? what is it ?"
+LORA = {"type": "lora-per-task", "r": 4, "target_modules": ["all-linear"]}
+BASELINES: dict[str, dict[str, Any]] = {
+    "sequential-lora": {},
+    "joint-lora": {},
+    "ewc": {"fisher_samples": 4},
+    "er": {"capacity": 6},
+    "lwf": {},
+    "o-lora": {"l2": 0.01},
+}
+
 
 @pytest.fixture
-def run_of(tmp_path: Path) -> Any:
+def run_of(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    method, questions = getattr(request, "param", (LORA, {}))
     for name, answer in (("colours", "red dot"), ("captions", "this is it : {} bar .")):
         rows = []
         for index in range(12):
             word = ("red", "green", "blue")[index % 3]
-            ask = {"from": "human", "value": f"{word} ? what is it ?"}
+            ask = {"from": "human", "value": questions.get(name, ASKED).format(word)}
             rows.append({"conversations": [ask, {"from": "gpt", "value": answer.format(word)}]})
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps(rows))
@@ -38,7 +51,7 @@ def run_of(tmp_path: Path) -> Any:
     metric = {"captions": "cider-d", "colours": "exact-match"}
     config = parse_config(
         {
-            "method": {"type": "lora-per-task", "r": 4, "target_modules": ["all-linear"]},
+            "method": method,
             "stream": {
                 "name": "conversations", "path": str(tmp_path / "data"), "metric": metric,
                 "max_new_tokens": 10, "order": ["colours", "captions"],
@@ -52,9 +65,13 @@ def run_of(tmp_path: Path) -> Any:
             "evaluation": {"batch_size": 3},
         }
     )  # fmt: skip
-    return lambda method=None: ContinualRun(
-        config if method is None else replace(config, method=method), tmp_path / "run"
-    )
+
+    def make(method: Any = None, **changes: Any) -> ContinualRun:
+        if method is not None:
+            changes["method"] = method
+        return ContinualRun(replace(config, **changes), tmp_path / "run")
+
+    return make
 
 
 def test_the_cost_of_a_run_is_counted_on_shapes(run_of: Any, tmp_path: Path) -> None:
@@ -94,7 +111,7 @@ def test_a_run_fills_a_matrix_whose_scores_reach_ten(run_of: Any, tmp_path: Path
     "method",
     [
         MoELoRAConfig(r=8, num_experts=4, lora_alpha=16.0, target_modules=("all-linear",)),
-        BranchLoRAConfig(r=4, lora_alpha=16.0, num_branches=3, target_modules=("all-linear",)),
+        BranchLoRAConfig(r=4, lora_alpha=16.0, num_branches=6, target_modules=("all-linear",)),
         DynMoLEConfig(r=4, lora_alpha=8.0, num_experts=3, target_modules=("all-linear",)),
         MoECLConfig(r=4, discriminator_memory=4),
     ],
@@ -117,3 +134,63 @@ def test_what_a_mixture_stores_is_counted_before(method: Any, run_of: Any, tmp_p
     answer = learner.predict(texts="green ? what is it ?")[0]
     known = learner.method.routing == "task-free"
     assert answer.task in ("captions", "colours") if known else answer.label
+
+
+D_MOLE = {
+    "type": "d-mole",
+    "r": 4,
+    "allocation": {"type": "gradient", "budget": 12, "floors": {"vision": 0.25}, "sample": 6},
+    "selector": {"quantile": 1.0, "margin": 1.5},
+}
+
+
+@pytest.mark.parametrize("run_of", [(D_MOLE, {"captions": "where . {} bar ."})], indirect=True)
+def test_d_mole_runs_from_a_configuration_to_answers_without_being_told(
+    run_of: Any, tmp_path: Path
+) -> None:
+    run = run_of()
+    shapes = inspect_config(run.config)
+    autoencoder = 2 * 128 * 64 + 128 + 64  # of the encoder's and the language model's 32 widths
+    assert shapes.totals["autoencoder"] == autoencoder
+    assert shapes.parameters["autoencoders"] == 2 * autoencoder
+    matrix = run.run()
+    assert matrix.values[1, 0] == matrix.values[0, 0], "the second task changed the first"
+    saved = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert saved["finished"] and saved["method"]["type"] == "d-mole"
+    found = inspect_run(tmp_path / "run")
+    assert found.allocation is not None and len(found.allocation.tasks) == 2
+    for entry in found.allocation.tasks:
+        assert sum(entry.experts.values()) == 12
+        assert sum(name.startswith("vision") for name in entry.experts) >= 3
+    assert found.totals["autoencoder"] == autoencoder
+    sizes = [site.parameters for site in found.sites]
+    assert found.parameters["experts"] == sum(sizes) > 0
+    again = run_of().run(resume=True)
+    assert (again.values == matrix.values).all()
+    learner = Learner.from_pretrained(tmp_path / "run")
+    answers = learner.predict(texts=["green ? what is it ?", "where . red bar ."])
+    assert [answer.task for answer in answers] == ["colours", "captions"]
+    assert answers[0].label == "red dot"
+    told = learner.predict(texts="where . green bar .", task="captions")[0]
+    assert told.task == "captions" and told.label == "this is it : green bar ."
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_runs_and_its_artefact_answers_as_it_did(
+    run_of: Any, tmp_path: Path, name: str
+) -> None:
+    method = METHODS.get(name).config_class(r=4, **BASELINES[name])
+    config = run_of().config
+    run = run_of(
+        method=method,
+        training=replace(config.training, max_steps=25),
+        stream={**config.stream, "metric": "token-f1"},
+    )
+    matrix = run.run()
+    learner = Learner.from_pretrained(tmp_path / "run")
+    assert list(learner.method.layers) == list(run.learner.method.layers)
+    scores = [learner.evaluate(task).score for task in run.stream]
+    assert scores == matrix.values[-1].tolist()
+    assert matrix.baseline is not None
+    # both tasks ask the same, so a LoRA that learns both at once can answer one of them only
+    assert max(scores - matrix.baseline) > 0.1

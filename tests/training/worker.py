@@ -19,24 +19,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.backbones.writers import writer
 from tests.conftest import ToyProcessor, toy_model, toy_task
+from tests.methods.texts import task
 
 from evolora.allocation.settings import GradientAllocationConfig
+from evolora.backbones.base import Backbone
 from evolora.backbones.clip import DualEncoder
 from evolora.config import EvaluationConfig, RunConfig
+from evolora.evaluation.answers.tally import AnswerTally
 from evolora.methods.d_mole import DMoLEConfig
 from evolora.methods.er import ERConfig
 from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
 from evolora.methods.linear_probe import LinearProbeConfig
 from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialLoRAConfig
+from evolora.methods.lwf import LwFConfig
 from evolora.methods.moe_adapters import MoEAdaptersConfig
+from evolora.methods.o_lora import OLoRAConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
 from evolora.regularizers.settings import ResoraConfig
 from evolora.routing.autoencoders import AutoEncoderTraining, UnitAutoEncoderTraining
 from evolora.routing.selector import AutoEncoderSelectorConfig, RecogniserConfig
-from evolora.streams.task import Stream
+from evolora.streams.task import Stream, Task
 from evolora.training.config import TrainingConfig
 from evolora.training.continual import ContinualRun
 from evolora.training.progress import Bar, Reporter
@@ -54,6 +60,8 @@ TOY: dict[str, Any] = {
     "sequential-lora": SequentialLoRAConfig(**LORA),
     "ewc": EWCConfig(**LORA, fisher_samples=6),
     "er": ERConfig(**LORA, capacity=12),
+    "lwf": LwFConfig(r=2, lora_dropout=0.1),
+    "o-lora": OLoRAConfig(r=2, lora_dropout=0.1),
     "lora-per-task": LoRAPerTaskConfig(**LORA),
     "allocated-lora": LoRAPerTaskConfig(
         **LORA, allocation=GradientAllocationConfig(budget=4, sample=9)
@@ -74,6 +82,8 @@ TERMS: dict[str, Any] = {
     "regularised-lora": (ResoraConfig(weight=0.5, min_tokens=4, adaptivity="learned"),)
 }
 """Regularizers of toy methods that have some."""
+WRITING = {"lwf", "o-lora"}
+"""Of these the toy model writes its answers."""
 
 
 def toy_config(method: str, **training: Any) -> RunConfig:
@@ -101,14 +111,43 @@ def toy_config(method: str, **training: Any) -> RunConfig:
 def toy_run(
     folder: Path, method: str, *, reporter: Reporter | None = None, **training: Any
 ) -> ContinualRun:
-    """Return the run of a method on three toy tasks, backbone and data made from seeds."""
+    """Return the run of a method on toy tasks, backbone and data made from seeds."""
+    tasks: tuple[Task, ...] = tuple(toy_task(index, 20) for index in range(3))
+    backbone: Backbone
+    if method in WRITING:
+        backbone, tasks = writer("internvl"), written_tasks()
+    else:
+        backbone = DualEncoder(toy_model(), ToyProcessor(), name="toy")
     return ContinualRun(
         toy_config(method, **training),
         folder,
-        stream=Stream(name="toy", tasks=tuple(toy_task(index, 20) for index in range(3))),
-        backbone=DualEncoder(toy_model(), ToyProcessor(), name="toy"),
+        stream=Stream(name="toy", tasks=tasks),
+        backbone=backbone,
         reporter=reporter,
     )
+
+
+def written_tasks() -> tuple[Task, ...]:
+    """Return two tasks answered by texts; some questions come without an image."""
+    first = task("first", "red dot", metric="token-f1")
+    return first, task("second", "blue cross", metric="rouge-l")
+
+
+@contextmanager
+def texts_written() -> Iterator[list[list[str]]]:
+    """Collect the texts of every test set as they are judged, in its order."""
+    found: list[list[str]] = []
+    score = AnswerTally.score
+
+    def noting(tally: AnswerTally) -> float:
+        found.append([one.prediction for one in tally.answered()])
+        return score(tally)
+
+    AnswerTally.score = noting  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        AnswerTally.score = score  # type: ignore[method-assign]
 
 
 class Ticks(Reporter):
@@ -172,7 +211,8 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     reporter = Ticks(kill if rank == settings.pop("kill_rank", 0) else None)
     run = toy_run(folder, method, reporter=reporter, **settings)
-    run.run(resume=True)
+    with texts_written() as texts:
+        run.run(resume=True)
     counters = run.learner.method.counters()
     frozen = {k: m.bank.frozen_ids() for k, m in run.learner.method.layers.items() if k in counters}
     (folder.parent / f"{folder.name}-rank{rank}.json").write_text(
@@ -182,6 +222,7 @@ def main() -> None:
                 "processes": run.accelerator.num_processes,
                 "counts": {key: counter.counts.tolist() for key, counter in counters.items()},
                 "frozen": frozen,
+                "texts": texts,
             }
         )
     )

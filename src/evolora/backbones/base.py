@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evolora.backbones.answer_tokens import Limit, answer_means, token_losses
 from evolora.backbones.batch import (
     Batch,
     Encoded,
@@ -22,6 +23,7 @@ from evolora.backbones.batch import (
 )
 from evolora.backbones.blocks import block_indices, outputs_of, prompt_site
 from evolora.backbones.frozen import FrozenModel, ModelFunction
+from evolora.backbones.kinds import check_labels, prompts_of
 from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.experts.prompts import InputPrompts, PromptLayer, PromptSite, insert_prefix
 from evolora.experts.sites import Site, SiteKind
@@ -51,6 +53,7 @@ class Backbone(FrozenModel):
     Experts are added through :attr:`host`; the weights are never written.
 
     Attributes:
+        default_targets: Linears that get experts where a method's settings name none.
         answers: classes are told apart by "prompts" that name them (:class:`PromptBackbone`), or by
             "heads" on the embedding, which are learned by methods; or the model writes its answer
             as a "text" (:class:`TextBackbone`).
@@ -66,6 +69,7 @@ class Backbone(FrozenModel):
             a pooler (:attr:`pooler_site`) makes the embedding of it, as in ViltModel.
     """
 
+    default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj", "fc1", "fc2")
     answers: ClassVar[Literal["prompts", "heads", "text"]] = "heads"
     cached_tower: str = "vision"
     modalities: tuple[str, ...] = ("image",)
@@ -85,9 +89,12 @@ class Backbone(FrozenModel):
         *,
         towers: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
-        target_modules: Sequence[str] = (),
+        target_modules: Sequence[str] | None = (),
     ) -> list[Site]:
-        """Return the sites of a kind, in order of tower and depth; ConfigError on unknown names."""
+        """Return the sites of a kind, in order of tower and depth; ConfigError on unknown names.
+
+        ``target_modules`` of None are the :attr:`default_targets`.
+        """
 
     def check_towers(self, towers: Sequence[str] | None) -> None:
         """Refuse towers that the model does not have."""
@@ -188,6 +195,10 @@ class Backbone(FrozenModel):
         for modality, rows in lost.items():
             present[modality] = present.get(modality, torch.ones_like(rows)) & ~rows
         return replace(batch, present=present, known=None, prefix=None)
+
+    def row_sizes(self, batch: Batch) -> Tensor | None:
+        """Return what noise in training depends on (b, s), where rows differ in it; else None."""
+        return None
 
     def check_modalities(self, example: Example) -> None:
         """Refuse a sample that has nothing this backbone can see."""
@@ -389,22 +400,32 @@ class TextBackbone(Backbone):
     has_prefix = False
 
     @abstractmethod
-    def answer_losses(
-        self, batch: Batch, route: Route, *, limit: int | None = None, smoothing: float = 0.0
-    ) -> Tensor:
-        """Return (b,): mean over the tokens of a row's answer of -log p(token | all before it).
+    def answer_logits(
+        self, batch: Batch, route: Route, *, limit: Limit = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (b, a, c) at the tokens of each row's answer, and these tokens (b, a).
 
-        Its end token is one of them. A row counts the same however long its answer is.
+        The end token is one of them. Where a row has no more, the token is NO_ANSWER.
 
         Args:
             batch: with answers.
             route: who answers.
-            limit: tokens of an answer that count, at most.
-            smoothing: of labels, in [0, 1).
+            limit: tokens of an answer that count, at most: of all rows, or of each.
 
         Raises:
             DataError: a row has no answer.
         """
+
+    def answer_losses(
+        self, batch: Batch, route: Route, *, limit: Limit = None, smoothing: float = 0.0
+    ) -> Tensor:
+        """Return (b,): mean over the tokens of a row's answer of -log p(token | all before it).
+
+        A row counts the same however long its answer is. ``smoothing`` is that of labels, in
+        [0, 1); the rest is :meth:`answer_logits`'.
+        """
+        logits, answers = self.answer_logits(batch, route, limit=limit)
+        return answer_means(token_losses(logits, answers, smoothing), answers)
 
     @abstractmethod
     def write(self, batch: Batch, route: Route, max_new_tokens: int) -> list[str]:
@@ -416,36 +437,3 @@ class TextBackbone(Backbone):
     def prefix_of(self, batch: Batch, cut: int) -> Prefix:
         """Refuse: texts differ in length, so activations below the experts are not kept."""
         raise ConfigError(f"{type(self).__name__} keeps no activations below its experts")
-
-
-def check_labels(backbone: Backbone, labels: LabelSpace) -> None:
-    """Refuse a task whose answers are not what the backbone gives.
-
-    Raises:
-        ConfigError: texts asked of a classifier, or classes of a model that writes.
-    """
-    writes = isinstance(backbone, TextBackbone)
-    if labels.text and not writes:
-        raise ConfigError(
-            f"the task is answered by texts, {type(backbone).__name__} tells classes apart; use a "
-            "model that writes (evolora ls backbones)"
-        )
-    if writes and not labels.text:
-        raise ConfigError(
-            f"the task has classes, {type(backbone).__name__} writes its answers; give the task "
-            "texts (LabelSpace.of_texts)"
-        )
-
-
-def prompts_of(backbone: Backbone) -> PromptBackbone:
-    """Return the backbone if it answers by prompts.
-
-    Raises:
-        ConfigError: it answers by heads.
-    """
-    if not isinstance(backbone, PromptBackbone):
-        raise ConfigError(
-            f"{type(backbone).__name__} has no class prompts, which this method needs; they are "
-            "those of a dual encoder (CLIPModel, SiglipModel)"
-        )
-    return backbone

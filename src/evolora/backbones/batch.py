@@ -87,6 +87,8 @@ class Batch:
         random: randomness of the training step; None in evaluation.
         step_labels: class indices of the whole global batch where several processes share it.
         step_tasks: ``tasks`` of the whole global batch.
+        step_sizes: ``Backbone.row_sizes`` of the whole global batch where several processes share
+            it and rows differ in size.
         known: which samples these are and where results on them are kept; None computes all anew.
         prefix: activations to go on from (of the tower that sees images); None begins with the
             inputs.
@@ -104,6 +106,7 @@ class Batch:
     random: StepRandom | None = None
     step_labels: Tensor | None = None
     step_tasks: tuple[int, ...] = ()
+    step_sizes: Tensor | None = None
     known: Known | None = None
     prefix: Prefix | None = None
     answers: tuple[tuple[str, ...], ...] = ()

@@ -69,12 +69,13 @@ class DualEncoder(PromptBackbone):
         *,
         towers: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
-        target_modules: Sequence[str] = (),
+        target_modules: Sequence[str] | None = (),
     ) -> list[Site]:
         """Return MLP or Linear sites; see :class:`evolora.experts.sites.Site`."""
         wanted = tuple(towers or self.towers)
         self.check_towers(wanted)
-        targets = named_linears(target_modules, LINEARS)
+        chosen = self.default_targets if target_modules is None else target_modules
+        targets = named_linears(chosen, LINEARS)
         found: list[Site] = []
         for tower in wanted:
             blocks: Any = getattr(self.model, f"{tower}_model").encoder.layers

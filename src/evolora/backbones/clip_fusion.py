@@ -64,7 +64,7 @@ class ClipFusion(Backbone):
         *,
         towers: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
-        target_modules: Sequence[str] = (),
+        target_modules: Sequence[str] | None = (),
     ) -> list[Site]:
         """Return the sites of both towers or of those named, as the dual encoder has them."""
         return self.encoder.sites(kind, towers=towers, layers=layers, target_modules=target_modules)

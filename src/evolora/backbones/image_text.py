@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evolora.backbones.answer_tokens import NO_ANSWER, Limit, cut
 from evolora.backbones.base import Batch, TextBackbone
 from evolora.backbones.blocks import (
     ALL_LINEAR,
@@ -47,9 +48,9 @@ from evolora.backbones.families import (
 )
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.max_pooled import MAX_POOLED, NOTHING, max_pooled, width
+from evolora.backbones.prompt_rows import as_long_as_others, of_images, prompt_spans
 from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.experts.sites import Site, SiteKind
-from evolora.randomness import StepRandom, derive_seed
 from evolora.registry import BACKBONES
 from evolora.routing.route import Decisions, Route
 from evolora.routing.spans import TokenSpans
@@ -57,7 +58,6 @@ from evolora.streams.task import Example
 
 TEXT_LENGTH = 2048
 """Longest prompt in tokens where nothing else is said and the model takes as many."""
-NO_ANSWER = -100
 SQUARE = 448
 
 
@@ -74,6 +74,7 @@ class ImageText(TextBackbone):
             most 2048. A longer prompt is refused.
     """
 
+    default_targets = (ALL_LINEAR,)
     towers = (VISION, PROJECTION, LANGUAGE)
     cached_tower = LANGUAGE
     modalities = ("image", "text")
@@ -122,11 +123,13 @@ class ImageText(TextBackbone):
         *,
         towers: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
-        target_modules: Sequence[str] = (),
+        target_modules: Sequence[str] | None = (),
     ) -> list[Site]:
         """Return Linear sites, or the language model's whole MLPs ("ffn").
 
         The name of a Linear is taken in every tower that has it, "all-linear" is all.
+
+        None is "all-linear": families name their Linears differently.
 
         Raises:
             ConfigError: an unknown tower, a name that no chosen tower has, or another kind.
@@ -141,6 +144,7 @@ class ImageText(TextBackbone):
                 f"{type(self).__name__} has experts at Linears, and as whole MLPs in the language "
                 f"tower; this method asks for {kind!r}" + (f" in {towers}" if towers else "")
             )
+        targets = self.default_targets if target_modules is None else target_modules
         found: list[Site] = []
         known: set[str] = {ALL_LINEAR}
         for tower in [tower for tower in self.towers if towers is None or tower in towers]:
@@ -152,9 +156,9 @@ class ImageText(TextBackbone):
                 found += [
                     linear_site(tower, index, name, linear)
                     for name, linear in linears.items()
-                    if name in target_modules or ALL_LINEAR in target_modules
+                    if name in targets or ALL_LINEAR in targets
                 ]
-        for target in target_modules:
+        for target in targets:
             if target not in known:
                 raise unknown_name("target module", target, known)
         return found
@@ -195,6 +199,13 @@ class ImageText(TextBackbone):
             inputs[name], inputs[f"{name} number"] = stacked([one.get(key) for one in prepared])
         return {name: value.to(self.device) for name, value in inputs.items()}
 
+    def row_sizes(self, batch: Batch) -> Tensor:
+        """Return (b, 3): width of the prompts, of the answers, and rows in the encoder."""
+        inputs = batch.inputs
+        widths = torch.tensor([inputs[name].shape[1] for name in ("input_ids", "answer_ids")])
+        number = inputs["pixel_values number"].unsqueeze(1)
+        return torch.cat([widths.to(number).expand(len(batch), 2), number], dim=1)
+
     def without(self, batch: Batch, lost: Mapping[str, Tensor]) -> Batch:
         """Refuse: an image's tokens are part of the prompt, which would have to be made anew."""
         raise ConfigError(
@@ -204,33 +215,21 @@ class ImageText(TextBackbone):
 
     # -- what methods ask for --------------------------------------------------------------------
 
-    def answer_losses(
-        self, batch: Batch, route: Route, *, limit: int | None = None, smoothing: float = 0.0
-    ) -> Tensor:
-        """Return the loss (b,) of each row's answer, cut to ``limit`` tokens, under the route."""
-        answers = batch.inputs["answer_ids"][:, :limit]
-        if answers.shape[1] == 0 or bool((answers == NO_ANSWER).all(dim=1).any()):
+    def answer_logits(
+        self, batch: Batch, route: Route, *, limit: Limit = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (b, a, c) at the tokens of answers (b, a); see :class:`TextBackbone`."""
+        batch = as_long_as_others(batch, self._padding)
+        answers = cut(batch.inputs["answer_ids"], limit)
+        given = answers != NO_ANSWER
+        if answers.shape[1] == 0 or not bool(given.any(dim=1).all()):
             raise DataError("a batch that is learned needs an answer in every row")
         self._place(batch, route, answers.shape[1])
-        logits = self.answer_logits(batch, answers)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            answers.flatten(),
-            ignore_index=NO_ANSWER,
-            reduction="none",
-            label_smoothing=smoothing,
-        ).view(answers.shape)
-        return losses.sum(dim=1) / (answers != NO_ANSWER).sum(dim=1)
-
-    def answer_logits(self, batch: Batch, answers: Tensor) -> Tensor:
-        """Return logits (b, a, c) at the tokens of answers (b, a), under the routes in place."""
-        given = answers != NO_ANSWER
         ids = torch.cat([batch.inputs["input_ids"], answers.clamp_min(0)], dim=1)
         mask = torch.cat([batch.inputs["attention_mask"], given.long()], dim=1)
         inputs = self._model_inputs(batch, ids, mask)
         output = self.call(self._forward, logits_to_keep=answers.shape[1] + 1, **inputs)
-        logits: Tensor = output.logits[:, :-1]
-        return logits
+        return output.logits[:, :-1], answers
 
     @torch.no_grad()
     def write(self, batch: Batch, route: Route, max_new_tokens: int) -> list[str]:
@@ -403,18 +402,7 @@ class ImageText(TextBackbone):
         return found
 
     def _spans(self, batch: Batch, more: int = 0) -> TokenSpans:
-        """Return where images and text stand in prompts; ``more`` answer tokens are of neither."""
-        images = batch.inputs["input_ids"] == self.image_token
-        real = batch.inputs["attention_mask"].bool()
-        of = {"image": images & real, "text": ~images & real}
-        everywhere = torch.ones(len(batch), dtype=torch.bool, device=real.device)
-        present = [batch.present.get(modality, everywhere) for modality in self.modalities]
-        given = batch.inputs["answer_ids"][:, :more] != NO_ANSWER
-        return TokenSpans(
-            {name: F.pad(where, (0, more)) for name, where in of.items()},
-            torch.stack(present, dim=1),
-            answer=F.pad(given, (real.shape[1], more - given.shape[1])) if more else None,
-        )
+        return prompt_spans(batch, self.image_token, self.modalities, more)
 
     def _place(self, batch: Batch, route: Route, more: int = 0) -> TokenSpans:
         """Put the route in place for all towers: a row of the encoder goes by its sample's."""
@@ -422,14 +410,12 @@ class ImageText(TextBackbone):
         self.host.set_route(LANGUAGE, replace(route, spans=spans))
         numbers = batch.inputs["pixel_values number"]
         rows = torch.arange(len(batch), device=numbers.device).repeat_interleave(numbers)
-        random = route.random
-        if random is not None:  # noise is drawn for rows of samples; here for this process's images
-            random = StepRandom(derive_seed(random.seed, "images", random.first_row))
-        seen = replace(route.take(rows), random=random)
+        seen = replace(route.take(rows), random=of_images(route.random, batch))
         self.host.set_route(VISION, seen)
         merged = self.config.vision_config.spatial_merge_size**2 if self.family.packed else 1
         every = torch.arange(0, len(rows), merged, device=rows.device)
-        self.host.set_route(PROJECTION, seen.take(every))
+        random = of_images(route.random, batch, merged)
+        self.host.set_route(PROJECTION, replace(seen.take(every), random=random))
         return spans
 
 

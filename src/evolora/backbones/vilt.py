@@ -98,11 +98,12 @@ class Vilt(Backbone):
         *,
         towers: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
-        target_modules: Sequence[str] = (),
+        target_modules: Sequence[str] | None = (),
     ) -> list[Site]:
         """Return MLP or Linear sites; the Linears go by ViLT's names or by CLIP's."""
         self.check_towers(towers)
-        targets = named_linears(target_modules, VILT_LINEARS)
+        chosen = self.default_targets if target_modules is None else target_modules
+        targets = named_linears(chosen, VILT_LINEARS)
         blocks = self.blocks(TOWER)
         found: list[Site] = []
         for index in block_indices(layers, len(blocks), TOWER):

@@ -13,6 +13,7 @@ BENCHES = {
     "train": "adapters in the top layers with cached activations below; cached class prompts",
     "serve": "a batch of many adapters, a batch of one route, and what recognising the task costs",
     "pairs": "image and text: DeLo's step over the floor, and predictions without the task told",
+    "growth": "per-task experts of a model that writes: step time and memory over tasks learned",
     "route": "the formulation the dispatcher picks against the fastest; --fit fits its thresholds",
     "data": "images read, resized and normalised per second",
 }

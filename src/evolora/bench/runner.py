@@ -94,7 +94,7 @@ def run(
 
 
 def _measure(name: str, session: Session, fit: bool) -> None:
-    from evolora.bench import data, layer, pairs, route, serve, tower, train
+    from evolora.bench import data, growth, layer, pairs, route, serve, tower, train
 
     if name == "route":
         route.measure(session, fit=fit)
@@ -105,6 +105,7 @@ def _measure(name: str, session: Session, fit: bool) -> None:
         "train": train,
         "serve": serve,
         "pairs": pairs,
+        "growth": growth,
         "data": data,
     }
     modules[name].measure(session)

@@ -39,6 +39,7 @@ class Variant:
         run: from an input to an output that a step can start its backward pass at.
         passes: "forward" runs without gradient; "step" runs forward and backward.
         modules: whose gradients a step leaves behind; they are dropped at its end.
+        after: ends a step while the gradients are there: an optimizer.
         forward_base, step_base: the variants whose pass counts as 1.
         reference: float64 output on the first input; None where there is nothing to compare with.
         max_error: relative difference from it that rounding explains; None takes the dtype's.
@@ -48,6 +49,7 @@ class Variant:
     run: Callable[[Any], Tensor]
     passes: tuple[Pass, ...] = ("forward", "step")
     modules: tuple[nn.Module, ...] = ()
+    after: Callable[[], None] = lambda: None
     forward_base: str = "frozen base"
     step_base: str = "floor"
     reference: Tensor | None = None
@@ -62,6 +64,7 @@ class Variant:
             out = self.run(x)
             # The output is its own gradient: dense, contiguous, and it costs nothing to make.
             torch.autograd.backward(out, out.detach())
+        self.after()
         for module in self.modules:
             module.zero_grad(set_to_none=True)
         if isinstance(x, Tensor):

@@ -99,6 +99,17 @@ class GrowingStack(nn.Module):
         new_slot[torch.tensor(order, dtype=torch.long, device="cpu")] = places
         self.slot = new_slot.to(self.slot.device)
 
+    def drop(self, ids: Iterable[int]) -> None:
+        """Take rows out; identifiers of those behind them move up."""
+        gone, every, old = set(ids), self.all().detach(), set(self.frozen_ids())
+        kept = [row for row in range(len(self)) if row not in gone]
+        frozen = [place for place, row in enumerate(kept) if row in old]
+        count = len(kept)
+        self.frozen = self.frozen[:0]
+        self.active = _parameter(every[kept].clone())
+        self.slot = torch.arange(count, device="cpu").to(self.slot.device)
+        self.freeze(frozen)
+
     def widen(self, size: int) -> None:
         """Pad the last axis of every row with zeros to ``size``; what was there stays as it is."""
         extra = size - self.shape[-1]
@@ -225,6 +236,19 @@ class ExpertBank(nn.Module):
         for stack in self.stacks()[1:]:
             stack.grow(torch.zeros(count, *stack.shape, device=stack.active.device))
         return list(range(first, first + count))
+
+    def add_copy(self, expert: int) -> int:
+        """Append a frozen copy of an expert as it is now; return its identifier."""
+        for stack in self.stacks():
+            stack.grow(stack.all().detach()[expert : expert + 1])
+        self.freeze([len(self) - 1])
+        return len(self) - 1
+
+    def drop(self, ids: Iterable[int]) -> None:
+        """Take experts out; identifiers of those behind them move up."""
+        chosen = list(ids)
+        for stack in self.stacks():
+            stack.drop(chosen)
 
     def freeze(self, ids: Iterable[int]) -> None:
         """Freeze experts for good: bit for bit what they are now."""

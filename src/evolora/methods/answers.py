@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evolora.backbones.answer_tokens import Limit
 from evolora.backbones.batch import Batch
 from evolora.errors import ConfigError
 from evolora.streams.task import LabelSpace
@@ -50,6 +51,25 @@ class Objective:
         position = torch.full((len(labels.classes),), -1)
         position[subset] = torch.arange(len(subset))
         return subset.tolist(), position.to(batch.labels.device)[batch.labels]
+
+
+def answer_limit(batch: Batch, labels: LabelSpace, spaces: Sequence[LabelSpace]) -> Limit:
+    """Return how many tokens of an answer count in training.
+
+    Args:
+        batch: the samples; where it has rows of several tasks, each goes by its own.
+        labels: of the batch's task.
+        spaces: of all tasks.
+    """
+    if not batch.tasks:
+        return labels.max_new_tokens
+    return [spaces[own].max_new_tokens for own in batch.tasks]
+
+
+def all_prompts(spaces: Sequence[LabelSpace]) -> LabelSpace:
+    """Return the prompts of several tasks, each once, as classes that are their own prompts."""
+    prompts = dict.fromkeys(prompt for own in spaces for prompt in own.prompts())
+    return LabelSpace(classes=tuple(prompts), templates=("{}",))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from evolora.errors import ConfigError
 from evolora.experts.prompts import PromptLayer
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
-from evolora.methods.answers import Objective, Prediction, Written
+from evolora.methods.answers import Objective, Prediction, Written, answer_limit
 from evolora.methods.heads import TaskHeads
 from evolora.methods.reservoir import Reservoir
 from evolora.methods.versions import TensorVersions, digest_of
@@ -171,9 +171,9 @@ class Method(nn.Module):
         Of a model that writes: the mean over rows of the answers' losses, and these (b, 1).
         """
         if isinstance(self.backbone, TextBackbone):
-            losses = self.backbone.answer_losses(
-                batch, route, limit=labels.max_new_tokens, smoothing=self.objective.label_smoothing
-            )
+            limit = answer_limit(batch, labels, self.labels)
+            smoothing = self.objective.label_smoothing
+            losses = self.backbone.answer_losses(batch, route, limit=limit, smoothing=smoothing)
             return losses.mean(), losses.unsqueeze(1)
         embedding = self.backbone.encode(batch, route)
         return self.task_loss(embedding, batch, labels, task), embedding

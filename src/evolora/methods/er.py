@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from evolora.backbones.base import Backbone, Batch, prompts_of
+from evolora.errors import ConfigError
+from evolora.methods.answers import all_prompts
 from evolora.methods.lora import LoRAConfig, SequentialLoRA
 from evolora.methods.reservoir import Reservoir, check_reservoir
 from evolora.randomness import StepRandom
@@ -65,6 +67,11 @@ class ER(SequentialLoRA):
     def __init__(self, config: ERConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
         self.reservoir = Reservoir(config.capacity, config.share)
+        if config.logit_scope and backbone.answers == "text":
+            raise ConfigError(
+                f"logit_scope: {config.logit_scope} is about classes, and this model writes its "
+                "answers; leave it out"
+            )
         scope = config.logit_scope or ("seen" if backbone.answers == "heads" else "task")
         self.all_seen = scope == "seen"
 
@@ -119,8 +126,8 @@ class ER(SequentialLoRA):
         All prompts of the step run in one forward, alike in all processes.
         """
         backbone = prompts_of(self.backbone)
-        prompts = tuple(dict.fromkeys(prompt for own in self.labels for prompt in own.prompts()))
-        place = {prompt: index for index, prompt in enumerate(prompts)}
+        together = all_prompts(self.labels)
+        place = {prompt: index for index, prompt in enumerate(together.classes)}
         wanted: list[int] = []
         columns: dict[int, slice] = {}
         targets: dict[int, Tensor] = {}
@@ -132,7 +139,7 @@ class ER(SequentialLoRA):
             columns[own] = slice(len(wanted), len(wanted) + len(chosen))
             wanted += [place[names[index]] for index in chosen]
         embedded = backbone.class_embeddings(
-            LabelSpace(classes=prompts, templates=("{}",)),
+            together,
             self.expert_task(0),
             random=random.whole() if random else None,
             classes=wanted,

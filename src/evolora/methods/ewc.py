@@ -19,12 +19,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from evolora.backbones.answer_tokens import answer_means
 from evolora.backbones.base import Backbone, Batch, TextBackbone
 from evolora.errors import ConfigError
 from evolora.methods.lora import LoRAConfig, SequentialLoRA
 from evolora.randomness import StepRandom, derive_seed, generator
 from evolora.registry import METHODS
-from evolora.regularizers.elastic import ElasticMemory, diagonal_fisher, surprise
+from evolora.regularizers.elastic import (
+    ElasticMemory,
+    diagonal_fisher,
+    surprise,
+    token_surprise,
+)
 
 GROUP = 8
 """Samples in one pass of measuring with drawn labels, see :func:`diagonal_fisher`."""
@@ -38,7 +44,8 @@ class EWCConfig(LoRAConfig):
         type: "ewc".
         strength: weight of the penalty (lambda); 0 is sequential LoRA.
         fisher: labels that the importance is measured with: "sampled" from the model's own answer,
-            or the true ones ("empirical"; one sample at a time, which takes longer).
+            or the true ones ("empirical"; one sample at a time, which takes longer). Of a model
+            that writes, each token is drawn after the true ones before it.
         fisher_samples: training samples of a task that it is measured on, at the task's end.
         decay: of earlier tasks' importance at the end of a task, in [0, 1]; 1 forgets none.
     """
@@ -68,10 +75,6 @@ class EWC(SequentialLoRA):
 
     def __init__(self, config: EWCConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
-        if backbone.answers == "text" and config.fisher != "empirical":
-            raise ConfigError(
-                "fisher: sampled draws classes, and this model writes its answers; take empirical"
-            )
         self.elastic = ElasticMemory()
 
     def allocate(self, task: int) -> None:
@@ -111,7 +114,10 @@ class EWC(SequentialLoRA):
                 part = replace(batch.take(rows), known=None, random=random)
                 if isinstance(self.backbone, TextBackbone):
                     route = self.make_route(expert, part)
-                    yield self.loss_under(route, part, labels, expert)[1].squeeze(1)
+                    logits, answers = self.backbone.answer_logits(
+                        part, route, limit=labels.max_new_tokens
+                    )
+                    yield answer_means(token_surprise(logits, answers, draw=draw), answers)
                     continue
                 embedding = self.backbone.encode(part, self.make_route(expert, part))
                 logits, targets = self.training_logits(embedding, part, labels, expert)

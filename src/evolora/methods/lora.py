@@ -11,6 +11,7 @@ learner itself: no task is told, and each input goes to the nearest one (never t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -46,6 +47,7 @@ class LoRAConfig:
         lora_dropout: probability of zeroing a bottleneck unit during training, in [0, 1).
         target_modules: Linears that get an expert: q_proj, k_proj, v_proj, out_proj, fc1, fc2; a
             model that writes has others beside them (o_proj, gate_proj ...); "all-linear" is all.
+            None takes q_proj, v_proj, fc1 and fc2, and every Linear of a model that writes.
         layers_to_transform: block indices (negative counts from the top); None takes all.
         towers: towers that get experts; None takes all.
     """
@@ -53,7 +55,7 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj", "fc1", "fc2")
+    target_modules: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     towers: tuple[str, ...] | None = None
 
@@ -142,11 +144,7 @@ class LoRALayer(SumLayer):
         out = super().forward(x, out, route, folded)
         if route.helpers is None or len(self.bank) == 0:
             return out
-        ids = route.helpers.clamp_min(0).unsqueeze(1)
-        gates = (route.helpers != BASE).unsqueeze(1).to(out.dtype)
-        if self.places is not None:
-            ids, here = self.places.of_rows(ids[:, 0])
-            gates = gates if here is None else gates * here.to(out.dtype)
+        ids, gates = self._helping(route, route.helpers)
         return mix(
             out,
             x,
@@ -160,6 +158,21 @@ class LoRALayer(SumLayer):
             inplace=True,
         )
 
+    def _helping(
+        self, route: Route, helpers: Tensor
+    ) -> tuple[Tensor | Sequence[int], Tensor | None]:
+        """Return the experts of the rows' helpers and their gates; one helper is looked up free."""
+        helped = (helpers != BASE).unsqueeze(1).to(torch.float32)
+        if len(route.helping) == 1:
+            task = route.helping[0]
+            own = task if self.places is None else self.places.of_task(task)
+            return ((), None) if own is None else ((own,), helped)
+        ids = helpers.clamp_min(0)
+        if self.places is None:
+            return ids.unsqueeze(1), helped
+        experts, here = self.places.of_rows(ids)
+        return experts, helped if here is None else helped * here
+
     def flops(self, tokens: int) -> int:
         """Return the extra FLOPs of one row of ``tokens`` tokens, of the newest task."""
         own = self.places is None or self.places.newest()
@@ -170,6 +183,7 @@ class _LoRA(Method):
     """Experts at Linears, allocated by the subclasses."""
 
     config: LoRAConfig
+    layer_class: ClassVar[type[LoRALayer]] = LoRALayer
     shared: ClassVar[bool] = True
     writes = True
 
@@ -196,7 +210,7 @@ class _LoRA(Method):
             places = [SiteExperts(allocator, column) for column in range(len(sites))]
             self.allocator = allocator
         for site, own in zip(sites, places, strict=True):
-            self.insert(site, LoRALayer(site, config, backbone.device, own))
+            self.insert(site, self.layer_class(site, config, backbone.device, own))
 
     def allocate(self, task: int) -> None:
         """Give every site one new expert (shared regimes: only once); older ones are frozen."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evolora.backbones.answer_tokens import NO_ANSWER, token_losses
 from evolora.errors import ConfigError
 
 
@@ -104,6 +105,22 @@ def surprise(
         chances = logits.detach().softmax(dim=1).cpu()
         labels = torch.multinomial(chances, 1, generator=draw).squeeze(1).to(logits.device)
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+def token_surprise(
+    logits: Tensor, answers: Tensor, *, draw: torch.Generator | None = None
+) -> Tensor:
+    """Return -log p (b, a) of each token of answers (b, a); 0 where a row has none.
+
+    Args:
+        logits: (b, a, c) at the tokens.
+        answers: NO_ANSWER where a row has no more.
+        draw: draws every token from p(token | the true ones before it); None takes the true ones.
+    """
+    if draw is None:
+        return token_losses(logits, answers)
+    drawn = surprise(logits.flatten(0, 1), answers.flatten(), draw=draw).view(answers.shape)
+    return drawn.masked_fill(answers == NO_ANSWER, 0.0)
 
 
 def _flat(parameters: Sequence[Tensor]) -> Tensor:

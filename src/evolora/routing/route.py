@@ -96,6 +96,13 @@ class Route:
         """The one task whose experts, without a helper's, answer all rows, when it is known."""
         return self.uniform if self.helpers is None else None
 
+    @cached_property
+    def helping(self) -> list[int]:
+        """The tasks that help any row."""
+        if self.helpers is None:
+            return []
+        return [task for task in torch.unique(self.helpers).tolist() if task != BASE]
+
     @property
     def nobody(self) -> bool:
         """True when the base answers every row, so that no expert code may run."""

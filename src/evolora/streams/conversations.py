@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from evolora.errors import StreamError, unknown_name
+from evolora.errors import DataError, StreamError, unknown_name
 from evolora.registry import STREAMS
 from evolora.streams.images import read_image
 from evolora.streams.own_conversations import JSON_LINES, Asked, read_conversations
@@ -41,7 +41,10 @@ class Conversations:
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
         inputs: dict[str, Any] = {"text": row.turns[0] if len(row.turns) == 1 else row.turns}
-        images = tuple(read_image(path) for path in row.images)
+        try:
+            images = tuple(read_image(path) for path in row.images)
+        except DataError as error:
+            raise DataError(f"{row.key}: {error}") from error
         if images:
             inputs["image"] = images[0] if len(images) == 1 else images
         return Example(inputs=inputs, label=row.answers, key=row.key)

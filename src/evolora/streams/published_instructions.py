@@ -104,6 +104,9 @@ def load_set(
             )
         )
     source = f"{published.title}, {len(tasks)} of {len(known)} tasks below {base}"
+    repeated = [f"{name} {known[name].passes} times" for name in names if known[name].passes > 1]
+    if repeated:
+        source += f"; published training goes through {', '.join(repeated)}"
     return Stream(name=published.name, tasks=tuple(tasks), source=source)
 
 

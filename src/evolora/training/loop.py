@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evolora.backbones.base import Batch
+from evolora.backbones.base import Backbone, Batch
 from evolora.errors import EvoloraError
 from evolora.methods.base import Method
 from evolora.training.config import TrainingConfig, learning_rate
@@ -166,8 +166,8 @@ def _step(
         batch = next(stream)
         assert batch.random is not None
         torch.manual_seed(batch.random.seed)
-        if accelerator.num_processes > 1 and batch.labels.dim() == 1:
-            batch = replace(batch, step_labels=accelerator.gather(batch.labels))
+        if accelerator.num_processes > 1:
+            batch = _of_step(batch, accelerator.unwrap_model(model).backbone, accelerator)
         last = micro == micro_steps - 1
         with autocast(accelerator.device, config):
             if last:
@@ -190,6 +190,16 @@ def _step(
 
 def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
+
+
+def _of_step(batch: Batch, backbone: Backbone, accelerator: Accelerator) -> Batch:
+    """Return the batch, told of all processes' rows what its draws depend on."""
+    sizes = backbone.row_sizes(batch)
+    if sizes is not None:
+        batch = replace(batch, step_sizes=accelerator.gather(sizes))
+    if batch.labels.dim() == 1:
+        batch = replace(batch, step_labels=accelerator.gather(batch.labels))
+    return batch
 
 
 def _moments(

@@ -25,7 +25,7 @@ def test_resora_in_a_fine_tuning_by_peft_and_the_trainer(tmp_path: Path) -> None
         [sys.executable, str(ROOT / "examples" / "resora_peft.py"), *words],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "redundancy_down" in done.stdout and "task_loss" in done.stdout

@@ -286,6 +286,16 @@ def test_hooks_that_came_before_compiling_are_compiled_and_others_are_missed() -
     torch._dynamo.reset()
 
 
+def test_velora_bypasses_lora_a_and_is_named() -> None:
+    from peft.tuners.lora.config import VeloraConfig
+
+    velora = VeloraConfig(num_groups=4)
+    model = adapted(LoraConfig(target_modules=["first"], r=4, velora_config=velora))
+    with pytest.raises(ConfigError, match="it bypasses lora_A"):
+        run(model)
+    assert float(run(model, **WEIGHTS)[1]) > 0
+
+
 def test_a_layer_that_did_not_run_is_named() -> None:
     model = adapted()
     resora = Resora(ResoraConfig(**FEATURES))

@@ -162,7 +162,7 @@ def test_one_rank_or_one_group_is_redundant_with_nobody(
     x = torch.randn(20, D_IN, dtype=torch.float64)
     found = redundancy(measure, side, of(a, b, x), groups)
     found.backward()
-    assert float(found) == 0.0
+    assert found.item() == 0.0
     for factor in (a, b):
         assert factor.grad is None or torch.equal(factor.grad, torch.zeros_like(factor))
 

@@ -112,7 +112,7 @@ def test_learned_scales_are_trained_to_the_logarithm_of_what_they_weigh() -> Non
         loss.backward()
         optimizer.step()
     for side, scale in resora.scales.items():
-        assert float(scale) == pytest.approx(float(metrics[f"redundancy_{side}"].log()), abs=1e-3)
+        assert scale.item() == pytest.approx(float(metrics[f"redundancy_{side}"].log()), abs=1e-3)
     value = sum(
         torch.exp(-scale) * metrics[f"redundancy_{side}"] + scale
         for side, scale in resora.scales.items()

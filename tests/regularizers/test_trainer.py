@@ -198,7 +198,7 @@ def test_learned_scales_are_trained_beside_the_model_and_are_no_part_of_it(tmp_p
     keys = set(model.state_dict())
     made = trainer(tmp_path, config, model, max_steps=4)
     made.train()
-    scales = {side: float(scale) for side, scale in made.resora.scales.items()}
+    scales = {side: scale.item() for side, scale in made.resora.scales.items()}
     # Adam moves by the rate (linearly falling) where the sign of the gradient stays.
     assert all(-0.026 < scale < -0.02 for scale in scales.values())
     assert all(scale.grad is None for scale in made.resora.scales.values())

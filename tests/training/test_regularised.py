@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.backbones.writers import writer
 from tests.conftest import ToyProcessor, toy_model, toy_task
 from tests.contract.cases import make, toy_backbone, training_batches
+from tests.methods.texts import task
 from tests.training.caching import learner_of
 from tests.training.test_distributed import HARD, assert_same_result, two
 from tests.training.worker import TERMS, TOY, toy_run
@@ -25,6 +27,7 @@ from evolora.methods.o_lora import OLoRAConfig
 from evolora.regularizers.settings import ResoraConfig
 from evolora.routing.selector import OracleSelectorConfig
 from evolora.storage.state import export_state, load_state
+from evolora.training.batches import TrainingBatches
 from evolora.training.config import TrainingConfig
 from evolora.training.regularised import Regularised
 
@@ -68,12 +71,36 @@ def test_the_experts_of_a_method_are_regularised(method: str) -> None:
     terms = both(batch)
     plain = learner.method(batch)
     assert float(terms["redundancy_down"]) > 0 and float(terms["redundancy_up"]) > 0
-    assert float(terms["loss"]) > float(plain["loss"]) > 0
+    assert terms["loss"].item() > plain["loss"].item() > 0
     pulled, free = gradients(learner, both), gradients(learner, learner.method)
     banks = [name for name in free if ".B." in name or ".A." in name]
     assert banks and any(not torch.equal(pulled[name], free[name]) for name in banks)
     assert all(bank.recorder is None for bank in learner.method.modules()
                if isinstance(bank, ExpertBank))  # fmt: skip
+
+
+def test_padding_is_no_token_of_a_model_that_writes() -> None:
+    learner = Learner(
+        writer("llava"),
+        method=SequentialLoRAConfig(r=2, towers=("language",), target_modules=("q_proj",)),
+        training=TrainingConfig(max_steps=1, per_device_train_batch_size=4, augment=False),
+    )
+    data = task("first", "red dot")
+    learner.begin(data)
+    feed = TrainingBatches(
+        data.train, learner.backbone, learner.training, seed=0, task=0, share=learner.share
+    )
+    batch = next(feed.from_step(0))
+    both = Regularised(learner.method, [RESORA])
+    ((_, records),) = both.parts
+    with records.watching():
+        learner.method(batch)
+        (call,) = next(iter(records.recorder.calls.values()))
+    real = call.route.real(torch.empty(*call.shape, 0), answers=True)
+    assert real is not None and not real.all()
+    for record in records.collect():
+        assert record.features is not None
+        assert record.features.count.tolist() == [float(real.sum())]
 
 
 def test_factors_that_are_composed_anew_are_regularised_by_their_weights() -> None:
@@ -156,8 +183,8 @@ def test_old_experts_keep_new_ones_away_from_their_subspaces() -> None:
     for name, configs in (("free", []), ("held", [apart])):
         learner = learner_of(LoRAPerTaskConfig(r=4), max_steps=12)
         learner.regularizers = configs
-        for task in range(2):
-            learner.learn(toy_task(task, 20))
+        for index in range(2):
+            learner.learn(toy_task(index, 20))
         total = 0.0
         for bank in learner.method.modules():
             if isinstance(bank, ExpertBank):
@@ -176,8 +203,8 @@ def test_o_lora_s_own_term_is_a_setting() -> None:
     for orthogonality, configs in ((0.5, []), (0.0, [term]), (0.0, [])):
         learner = learner_of(OLoRAConfig(r=2, orthogonality=orthogonality), max_steps=6)
         learner.regularizers = configs
-        for task in range(2):
-            learner.learn(toy_task(task, 20))
+        for index in range(2):
+            learner.learn(toy_task(index, 20))
         states.append(export_state(learner.method))
     own, setting, free = states
     torch.testing.assert_close(setting, own, rtol=1e-4, atol=1e-5)

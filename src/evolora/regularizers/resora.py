@@ -172,7 +172,8 @@ class Resora:
         for record in records:
             tokens = record.features.tokens if record.features is not None else None
             n = None if tokens is None else tokens.shape[-2]
-            key = (record.a.shape[1:], record.b.shape[1:], record.features is None, n)
+            shape = (record.a.shape[1:], record.b.shape[1:], record.a.device)
+            key = (*shape, record.features is None, n)
             shapes.setdefault(key, []).append(record)
         updates = []
         for group in shapes.values():
@@ -200,10 +201,11 @@ class Resora:
                 enough = (update.features.count >= least).to(found.dtype)
             values.append((found * enough).sum())
             counted.append(enough.sum())
-        total = torch.stack([value.float() for value in values]).sum()
+        device = values[0].device  # layers of a large model may be on several
+        total = torch.stack([value.float().to(device) for value in values]).sum()
         if config.reduction == "sum":
             return total
-        return total / torch.stack(counted).sum().clamp_min(1.0)
+        return total / torch.stack([count.to(device) for count in counted]).sum().clamp_min(1.0)
 
     def _weighs_pairs(self, measure: str) -> bool:
         return self.config.adaptivity == "pairwise" and measure in OF_PAIRS

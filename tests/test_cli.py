@@ -50,7 +50,7 @@ def test_help_does_not_import_torch() -> None:
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["methods", "streams", "backbones", "metrics"])
+@pytest.mark.parametrize("kind", ["methods", "streams", "backbones", "metrics", "regularizers"])
 def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
     rows = json.loads(evolora("ls", kind, "--json").stdout)
     assert rows and all(set(row) == {"name", "summary"} and row["summary"] for row in rows)
@@ -73,6 +73,7 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
             *("clip-tiny", "vilt-tiny", "llava-tiny"),
         },
         "metrics": {"cider-d", "exact-match", "vqa-accuracy"},
+        "regularizers": {"resora"},
     }[kind]
     assert expected <= names
 

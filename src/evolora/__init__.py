@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from evolora.methods.moe_lora import MoELoRAConfig as MoELoRA
     from evolora.methods.rebq import RebQConfig as RebQ
     from evolora.methods.zero_shot import ZeroShotConfig as ZeroShot
+    from evolora.regularizers.settings import ResoraConfig
     from evolora.training.config import TrainingConfig
 
 _PUBLIC = {
@@ -57,6 +58,7 @@ _PUBLIC = {
     "MoECL": ("evolora.methods.moe_cl", "MoECLConfig"),
     "MoELoRA": ("evolora.methods.moe_lora", "MoELoRAConfig"),
     "RebQ": ("evolora.methods.rebq", "RebQConfig"),
+    "ResoraConfig": ("evolora.regularizers.settings", "ResoraConfig"),
     "SequentialLoRA": ("evolora.methods.lora", "SequentialLoRAConfig"),
     "TrainingConfig": ("evolora.training.config", "TrainingConfig"),
     "ZeroShot": ("evolora.methods.zero_shot", "ZeroShotConfig"),
@@ -86,6 +88,7 @@ __all__ = [
     "MoECL",
     "MoELoRA",
     "RebQ",
+    "ResoraConfig",
     "SequentialLoRA",
     "TrainingConfig",
     "ZeroShot",

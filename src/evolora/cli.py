@@ -17,6 +17,7 @@ import typer
 from evolora.cli_data import data_app
 from evolora.cli_eval import evaluate
 from evolora.cli_parts import AsJson, Quiet, learner_of, print_json
+from evolora.cli_redundancy import show_redundancy
 from evolora.errors import ConfigError, EvoloraError, unknown_name
 
 app = typer.Typer(
@@ -190,12 +191,24 @@ def inspect(
     config: Annotated[Path, typer.Argument(help="YAML file, or the folder of a run")],
     overrides: Overrides = None,
     tasks: Annotated[int | None, typer.Option(help="number of tasks; default the stream's")] = None,
+    redundancy: Annotated[
+        bool, typer.Option("--redundancy", help="of a run or a PEFT adapter: how ranks are used")
+    ] = False,
+    figure: Annotated[
+        Path | None, typer.Option(help="with --redundancy: HTML page of maps to write")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count parameters, bytes and FLOPs of a configuration, without weights or data, or of a run.
 
-    Where experts stand under a budget is shown as a map of layers and tasks.
+    Where experts stand under a budget is shown as a map of layers and tasks. With --redundancy:
+    effective rank, stable rank and likeness of ranks of what a run or a PEFT adapter has learned.
     """
+    if redundancy or figure is not None:
+        if overrides or tasks is not None or not redundancy:
+            raise ConfigError("--redundancy goes with a folder, and --figure with --redundancy")
+        show_redundancy(config, figure, as_json)
+        return
     from evolora.config import read_config
     from evolora.evaluation.inspection import inspect_config, inspect_run
 
@@ -260,12 +273,14 @@ def metrics(
     Console().print(table)
 
 
-KINDS = ("methods", "streams", "backbones", "metrics")
+KINDS = ("methods", "streams", "backbones", "metrics", "regularizers")
 
 
 @app.command("ls")
 def list_kind(
-    kind: Annotated[str, typer.Argument(help="methods, streams, backbones or metrics")],
+    kind: Annotated[
+        str, typer.Argument(help="methods, streams, backbones, metrics or regularizers")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """List what is there."""
@@ -282,9 +297,9 @@ def list_kind(
 
 def _entries(kind: str) -> list[dict[str, str]]:
     from evolora.assets import embedded_backbones
-    from evolora.registry import ANSWER_METRICS, BACKBONES, METHODS, STREAMS
+    from evolora.registry import ANSWER_METRICS, BACKBONES, METHODS, REGULARIZERS, STREAMS
 
-    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS)
+    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS, REGULARIZERS)
     registry = dict(zip(KINDS, registries, strict=True))[kind]
     rows = [{"name": entry.name, "summary": entry.summary} for entry in registry]
     if kind == "backbones":

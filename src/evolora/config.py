@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolora.errors import ConfigError, suggest, unknown_name
-from evolora.registry import BACKBONES, METHODS, STREAMS
+from evolora.registry import BACKBONES, METHODS, REGULARIZERS, STREAMS, Registry
 
 if TYPE_CHECKING:
     from evolora.backbones.base import Backbone
@@ -71,6 +71,7 @@ class RunConfig:
         backbone, training, evaluation: see their classes.
         seed: of everything that is drawn.
         name: shown in reports; the method's name when empty.
+        regularizers: instances of configurations of losses that are added in training.
     """
 
     method: Any
@@ -80,6 +81,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     name: str = ""
+    regularizers: tuple[Any, ...] = ()
 
     @property
     def title(self) -> str:
@@ -96,6 +98,7 @@ class RunConfig:
             "evaluation": dataclasses.asdict(self.evaluation),
             "seed": self.seed,
             "name": self.name,
+            "regularizers": [dataclasses.asdict(one) for one in self.regularizers],
         }
 
     def hash(self) -> str:
@@ -107,6 +110,8 @@ class RunConfig:
         if self.training.cached_dtype == "float16":  # rounding is all a cache can change
             value["training"]["cached_dtype"] = "float16"
         value.pop("name")
+        if not value["regularizers"]:  # as before there were any
+            value.pop("regularizers")
         allocation = value["method"].get("allocation", "")
         if allocation is None:  # as before there was a choice
             value["method"].pop("allocation")
@@ -126,7 +131,10 @@ HOW_ONLY = (
     "prefix_cache_dir",
 )
 """Training settings that decide how a result is reached, not what it is."""
-SECTIONS = ("method", "stream", "backbone", "training", "evaluation", "seed", "name")
+SECTIONS = (
+    *("method", "stream", "backbone", "training", "evaluation", "seed", "name"),
+    "regularizers",
+)
 SHORT = {"method": "type", "stream": "name", "backbone": "name_or_path"}
 """Sections that may be given as one word, and the setting that the word is."""
 _BOOL = "tag:yaml.org,2002:bool"
@@ -258,6 +266,14 @@ def parse_config(value: Mapping[str, Any], *, source: str = "configuration") -> 
         if isinstance(given, str) and name in SHORT:
             given = {SHORT[name]: given}
         parts[name] = _check(kind, {} if given is None else given, name, faults)
+    listed = value.get("regularizers") or ()
+    if not isinstance(listed, list | tuple):
+        faults.append(f"regularizers: expected a list of settings with a type; got {listed!r}")
+        listed = ()
+    parts["regularizers"] = tuple(
+        _check_named(REGULARIZERS, one, f"regularizers[{index}]", faults)
+        for index, one in enumerate(listed)
+    )
     parts["seed"] = _check(int, value.get("seed", 0), "seed", faults)
     parts["name"] = _check(str, value.get("name", ""), "name", faults)
     if faults:
@@ -276,15 +292,21 @@ def _check_plain(stream: Mapping[str, Any], faults: list[str]) -> None:
 
 def check_method(value: Any, faults: list[str]) -> Any:
     """Return the configuration instance of a method section, or None with every fault noted."""
+    return _check_named(METHODS, value, "method", faults)
+
+
+def _check_named(registry: Registry[Any], value: Any, path: str, faults: list[str]) -> Any:
+    """Return the configuration instance of a registered thing: its type and its settings."""
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, Mapping) or "type" not in value:
-        faults.append(f"method.type: missing (known: {', '.join(METHODS.names())})")
+        faults.append(f"{path}.type: missing (known: {', '.join(registry.names())})")
         return None
-    if value["type"] not in METHODS.names():
-        faults.append(f"method.type: {unknown_name('method', value['type'], METHODS.names())}")
+    if value["type"] not in registry.names():
+        fault = unknown_name(registry.kind, value["type"], registry.names())
+        faults.append(f"{path}.type: {fault}")
         return None
-    return _check(METHODS.get(value["type"]).config_class, value, "method", faults)
+    return _check(registry.get(value["type"]).config_class, value, path, faults)
 
 
 def _check(kind: Any, value: Any, path: str, faults: list[str]) -> Any:

@@ -30,6 +30,7 @@ from evolora.training.held_out import split_held_out, spread
 from evolora.training.loop import TaskRun, train_task
 from evolora.training.prefix_cache import build_memory, check_training
 from evolora.training.progress import Reporter
+from evolora.training.regularised import check_regularizers
 from evolora.training.replay import Archive, Replayed
 from evolora.training.samples import Samples
 
@@ -65,9 +66,12 @@ class Learner:
         evaluation_cache: decode a test image and run the untouched base on it once, not in every
             evaluation.
         samples: what is known of samples already; shared by learners on one backbone.
+        regularizers: settings of losses on experts, e.g. ``evolora.ResoraConfig()``; they are part
+            of training, not of what is learned and saved.
 
     Raises:
-        ConfigError: a setting of ``training`` does not go with the method (the message says why).
+        ConfigError: a setting of ``training``, or a regularizer, does not go with the method (the
+            message says why).
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Learner:
         reporter: Reporter | None = None,
         evaluation_cache: bool = True,
         samples: Samples | None = None,
+        regularizers: Sequence[Any] = (),
     ) -> None:
         from evolora.backbones.loading import wrap_model
         from evolora.config import build_method
@@ -104,6 +109,7 @@ class Learner:
             max_classes=self.training.max_classes_per_step,
         )
         check_training(self.training, self.method)
+        self.regularizers = check_regularizers(self.method, regularizers)
         self.method.reuse = self.training.prefix_cache != "off"
         self.samples = samples or Samples(
             self.backbone, build_memory(self.training, self.backbone.device)
@@ -246,6 +252,8 @@ class Learner:
             base_rate=rate,
             title=title,
             total_steps=steps,
+            regularizers=self.regularizers,
+            seed=self.seed,
         )
 
     def _train(

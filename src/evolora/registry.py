@@ -1,10 +1,10 @@
-"""Named methods, streams, backbones and metrics: filled by a decorator, read by string, listed.
+"""Named things (methods, streams, ...): filled by a decorator, read by string, listed.
 
 A registry maps a public name to an object and a one-line summary. Built-in entries live in modules
 that are imported on first use, so listing names does not import torch before it must. Outside
 packages register through the entry-point groups ``evolora.methods``, ``evolora.streams``,
-``evolora.backbones`` and ``evolora.metrics``; an entry point's module is imported and is expected
-to call the decorator.
+``evolora.backbones``, ``evolora.metrics`` and ``evolora.regularizers``; an entry point's module is
+imported and is expected to call the decorator.
 """
 
 from __future__ import annotations
@@ -136,6 +136,10 @@ BACKBONES: Registry[Any] = Registry(
         "evolora.backbones.image_text",
         "evolora.backbones.vilt",
     ),
+)
+REGULARIZERS: Registry[Any] = Registry(
+    kind="regularizer",
+    modules=("evolora.regularizers.resora",),
 )
 ANSWER_METRICS: Registry[Any] = Registry(
     kind="metric",

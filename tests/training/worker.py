@@ -39,6 +39,7 @@ from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.methods.o_lora import OLoRAConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
+from evolora.regularizers.settings import ResoraConfig
 from evolora.routing.autoencoders import AutoEncoderTraining, UnitAutoEncoderTraining
 from evolora.routing.selector import AutoEncoderSelectorConfig, RecogniserConfig
 from evolora.streams.task import Stream, Task
@@ -75,7 +76,12 @@ TOY: dict[str, Any] = {
     "full-finetuning": FullFinetuningConfig(),
     "linear-probe": LinearProbeConfig(),
     "zero-shot": ZeroShotConfig(),
+    "regularised-lora": SequentialLoRAConfig(**LORA),
 }
+TERMS: dict[str, Any] = {
+    "regularised-lora": (ResoraConfig(weight=0.5, min_tokens=4, adaptivity="learned"),)
+}
+"""Regularizers of toy methods that have some."""
 WRITING = {"lwf", "o-lora"}
 """Of these the toy model writes its answers."""
 
@@ -98,6 +104,7 @@ def toy_config(method: str, **training: Any) -> RunConfig:
         training=TrainingConfig(**settings),
         evaluation=EvaluationConfig(batch_size=5),
         seed=3,
+        regularizers=TERMS.get(method, ()),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolora.errors import ConfigError
+from evolora.experts.recording import Recorder
 
 
 class Listed:
@@ -189,7 +190,12 @@ class ExpertBank(nn.Module):
         bias: whether experts have the biases a_i (r) and b_i (d_out), as MoE-Adapters' do.
         activation: "relu" for bottleneck experts, None for LoRA (a linear expert).
         scale: constant factor of the output (lora_alpha / r for a LoRA).
+
+    Attributes:
+        recorder: who is told what the experts make of their inputs; None: nobody asks.
     """
+
+    recorder: Recorder | None = None
 
     def __init__(
         self,
@@ -253,6 +259,11 @@ class ExpertBank(nn.Module):
     def frozen_ids(self) -> list[int]:
         """Return the identifiers of frozen experts, ascending."""
         return self.A.frozen_ids()
+
+    def pairs(self, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """Return A (e, r, d_in) and B (e, r, d_out) of the experts that train, or of the others."""
+        a, b = (self.A.frozen, self.B.frozen) if frozen else (self.A.active, self.B.active)
+        return a, b
 
     def taken(self, ids: Tensor) -> Factors:
         """Return the factors of experts ``ids`` (k) or, for each sample its own, (b, k)."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evolora.experts.accumulate import accumulate, may_overwrite
 from evolora.experts.bank import GrowingStack
 from evolora.experts.dispatch import Formulation, thresholds_for
+from evolora.experts.recording import Recorder
 
 
 class BranchBank(nn.Module):
@@ -24,7 +25,12 @@ class BranchBank(nn.Module):
     Args:
         r: width of the trunk's output.
         d_out: width of the site's output.
+
+    Attributes:
+        recorder: who is told what the trunk makes of a row's tokens; None: nobody asks.
     """
+
+    recorder: Recorder | None = None
 
     def __init__(self, r: int, d_out: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -68,6 +74,9 @@ class BranchBank(nn.Module):
             inplace: ``out`` belongs to nobody else and may be overwritten (where autograd allows).
         """
         hidden, gates = hidden.to(out.dtype), gates.to(out.dtype)
+        if self.recorder is not None and torch.is_grad_enabled():
+            z = hidden.repeat(1, 1, ids.shape[1])
+            self.recorder.see(self, z, ids, gates, hidden, None)
         overwrite = inplace and may_overwrite(out)
         many = out.shape[1] >= thresholds_for(out.device.type).gather_min_tokens
         if formulation == "gather" or (many and formulation != "stacked"):

@@ -111,6 +111,12 @@ class FactorPool(nn.Module):
         for stack in self.stacks():
             stack.freeze(range(len(stack)))
 
+    def pairs(self, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """Return A (t, E, d_in) and B (t, E, d_out) of the task that trains, or of the others."""
+        a, b = (self.A.frozen, self.B.frozen) if frozen else (self.A.active, self.B.active)
+        e = self.config.num_factors
+        return a.view(-1, e, self.d_in), b.view(-1, e, self.d_out)
+
     def choose(
         self, query: Tensor, tasks: Tensor, *, uniform: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:

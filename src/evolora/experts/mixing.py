@@ -20,6 +20,7 @@ apart, so that no formulation computes a gradient for a frozen one or copies the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from evolora.errors import ConfigError, unknown_name
 from evolora.experts.accumulate import accumulate, may_overwrite
 from evolora.experts.bank import ExpertBank, Factors
 from evolora.experts.dispatch import FORMULATIONS, Formulation, choose, thresholds_for
+from evolora.experts.recording import Experts
 from evolora.experts.segments import add_sorted
 from evolora.randomness import StepRandom
 
@@ -98,13 +100,13 @@ def mix(
         ids = torch.tensor(ids, device=x.device).unsqueeze(0)
     if form == "shared":
         factors = bank.taken(ids[0]).to(out.dtype)
-        return _add(out, x, bank, factors, weights, keep, overwrite).view(shape)
+        return _add(out, x, bank, factors, ids, weights, keep, overwrite).view(shape)
     ids = ids.expand(len(x), k)
     if weights is not None:
         weights = weights.expand(ids.shape)
     if form == "gather":
         factors = bank.taken(ids).to(out.dtype)
-        return _add(out, x, bank, factors, weights, keep, overwrite).view(shape)
+        return _add(out, x, bank, factors, ids, weights, keep, overwrite).view(shape)
     if form == "stacked":
         return _stacked(out, x, bank, ids, weights, keep, overwrite).view(shape)
     grouped = form == "grouped"
@@ -166,7 +168,8 @@ def _listed(
     for positions, factors in bank.split(ids):
         part = None if weights is None else _columns(weights, positions, 1)
         kept = None if keep is None else _columns(keep, positions, 2)
-        out = _add(out, x, bank, factors.to(out.dtype), part, kept, overwrite)
+        own = [ids[position] for position in positions]
+        out = _add(out, x, bank, factors.to(out.dtype), own, part, kept, overwrite)
         overwrite = overwrite or may_overwrite(out)  # from the second part on, it is ours
     return out
 
@@ -191,7 +194,7 @@ def _stacked(
         kept = keep.new_zeros(*x.shape[:2], len(bank), bank.r).scatter(2, index, keep)
     for span, factors in bank.whole():
         part = None if kept is None else kept[:, :, span]
-        out = _add(out, x, bank, factors.to(out.dtype), dense[:, span], part, overwrite)
+        out = _add(out, x, bank, factors.to(out.dtype), span, dense[:, span], part, overwrite)
         overwrite = overwrite or may_overwrite(out)
     return out
 
@@ -201,19 +204,16 @@ def _add(
     x: Tensor,
     bank: ExpertBank,
     factors: Factors,
+    experts: Experts,
     weights: Tensor | None,
     keep: Tensor | None,
     overwrite: bool,
 ) -> Tensor:
     """Return out + scale * sum over the factors' experts; weights (b, k) or (1, k)."""
-    if factors.a.dim() == 2:
-        hidden = F.linear(x, factors.a, factors.down_bias)
-    elif factors.down_bias is None:
-        hidden = torch.bmm(x, factors.a.mT)
-    else:
-        hidden = torch.baddbmm(factors.down_bias.unsqueeze(1), x, factors.a.mT)
-    if bank.activation == "relu":
-        hidden = torch.relu(hidden)
+    hidden = _bottleneck(x, bank, factors)
+    if bank.recorder is not None and hidden.requires_grad:
+        read = partial(_bottleneck, bank=bank, factors=factors)
+        bank.recorder.see(bank, hidden, experts, weights, x, read)
     if keep is not None:
         hidden = hidden * keep.flatten(2)
     if weights is not None:
@@ -226,6 +226,17 @@ def _add(
     if factors.up_bias is not None:
         row = _up_bias(factors.up_bias, weights, bank.scale)
     return accumulate(out, hidden, factors.b, row, inplace=overwrite)
+
+
+def _bottleneck(x: Tensor, bank: ExpertBank, factors: Factors) -> Tensor:
+    """Return what the factors' experts make of x (b, n, d_in): (b, n, R)."""
+    if factors.a.dim() == 2:
+        hidden = F.linear(x, factors.a, factors.down_bias)
+    elif factors.down_bias is None:
+        hidden = torch.bmm(x, factors.a.mT)
+    else:
+        hidden = torch.baddbmm(factors.down_bias.unsqueeze(1), x, factors.a.mT)
+    return torch.relu(hidden) if bank.activation == "relu" else hidden
 
 
 def _up_bias(bias: Tensor, weights: Tensor | None, scale: float) -> Tensor:

@@ -56,11 +56,19 @@ def add_sorted(
     widths = (bank.d_in, bank.d_out)
     kind = _Grouped if grouped and _takes_grouped(x.device, x.dtype, widths) else _Segments
     plan = kind(bank, ids, x.shape[1])
-    hidden = apply(_Down, x.flatten(0, 1), *_parts(bank.A, x.dtype), plan)
-    if bank.down_bias is not None:
-        hidden = hidden + plan.per_token(bank.down_bias.take(plan.expert).to(x.dtype))
-    if bank.activation == "relu":
-        hidden = torch.relu(hidden)
+    hidden = _bottleneck(x, bank, plan)
+    if bank.recorder is not None and hidden.requires_grad:
+        rows, n = plan.order // ids.shape[1], x.shape[1]
+        weight = None if gates is None else gates.flatten()[plan.order].unsqueeze(1)
+        bank.recorder.see(
+            bank,
+            hidden.view(-1, n, bank.r),
+            plan.expert.unsqueeze(1),
+            weight,
+            x,
+            lambda x: _bottleneck(x, bank, plan).view(-1, n, bank.r),
+            rows,
+        )
     if keep is not None:
         hidden = hidden * keep.transpose(1, 2).flatten(0, 1)[plan.order].flatten(0, 1)
     if gates is not None:
@@ -74,6 +82,14 @@ def add_sorted(
         out = out.clone()
     result = apply(_Up, out.flatten(0, 1), hidden, *_parts(bank.B, x.dtype), plan)
     return result.view(out.shape)
+
+
+def _bottleneck(x: Tensor, bank: ExpertBank, plan: _Plan) -> Tensor:
+    """Return what each pair's expert makes of its tokens of x (b, n, d_in): (p n, r)."""
+    hidden = apply(_Down, x.flatten(0, 1), *_parts(bank.A, x.dtype), plan)
+    if bank.down_bias is not None:
+        hidden = hidden + plan.per_token(bank.down_bias.take(plan.expert).to(x.dtype))
+    return torch.relu(hidden) if bank.activation == "relu" else hidden
 
 
 def _up_bias(bias: Tensor, gates: Tensor | None, scale: float) -> Tensor:

@@ -154,6 +154,11 @@ class BranchLayer(ExpertLayer):
         trunk = 2 * tokens * self.config.r * self.router.d
         return router + trunk + self.bank.flops(tokens, self.config.top_k)
 
+    def pairs(self, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the trunk with each branch that trains, or with each of the others."""
+        b = self.bank.B.frozen if frozen else self.bank.B.active
+        return self.trunk.all().expand(len(b), -1, -1), b
+
     def begin_task(self, draw: torch.Generator) -> None:
         """Give the task a router and enough unfrozen branches."""
         if len(self.bank) == 0:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from evolora.evaluation.metrics import DEFINITIONS
 from evolora.report import answers, figures, missing, robustness, svg
-from evolora.report.parts import cell, framed, heading, legend
+from evolora.report.parts import cell, framed, heading, legend, page
 from evolora.report.records import RunRecord
-from evolora.report.style import CSS, JS
 from evolora.report.tables import (
     Column,
     Comparison,
@@ -46,16 +45,8 @@ def write_report(runs: Sequence[RunRecord], out: str | Path, title: str = "Evolo
         body.extend(_sections(comparison, alone=len(comparisons) == 1))
     body.append(_definitions())
     body.append(_runs(runs))
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'  # or the browser asks a server for one
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style></head>\n<body>\n"
-        + "\n".join(body)
-        + f"\n<script>{JS}</script>\n</body></html>\n"
-    )
     target = Path(out)
-    write_bytes(target, page.encode())
+    write_bytes(target, page(title, body).encode())
     return target
 
 

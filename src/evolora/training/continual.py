@@ -125,6 +125,7 @@ class ContinualRun:
             reporter=self.reporter,
             evaluation_cache=config.evaluation.cache,
             samples=samples,
+            regularizers=config.regularizers,
         )
         names = [task.name for task in self.stream]
         for name in config.training.learning_rates:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from evolora.errors import EvoloraError
 from evolora.methods.base import Method
 from evolora.training.config import TrainingConfig, learning_rate
 from evolora.training.progress import Reporter
+from evolora.training.regularised import OWN, Regularised
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +42,8 @@ class TaskRun:
         base_rate: peak learning rate of this task.
         title: shown in progress and logs.
         total_steps: optimizer steps.
+        regularizers: settings of active regularizers, whose terms are added to the loss.
+        seed: run seed.
     """
 
     method: Method
@@ -49,6 +52,8 @@ class TaskRun:
     base_rate: float
     title: str
     total_steps: int
+    regularizers: Sequence[Any] = ()
+    seed: int = 0
 
 
 def train_task(
@@ -74,6 +79,12 @@ def train_task(
     parameters = method.trainable()
     if not parameters or start >= run.total_steps:
         return None
+    regularised = None
+    if run.regularizers:
+        regularised = Regularised(
+            method, run.regularizers, seed=run.seed, total_steps=run.total_steps
+        )
+        parameters = {**parameters, **regularised.own()}
     fused = all(parameter.device.type in FUSED for parameter in parameters.values())
     optimizer = torch.optim.AdamW(
         parameters.values(),
@@ -83,7 +94,7 @@ def train_task(
         fused=fused,
     )
     _restore(optimizer, parameters, moments or {})
-    model = distributed(method, accelerator)
+    model = distributed(regularised or method, accelerator)
     method.train()
     loss = None
     stream = run.batches(start)
@@ -94,6 +105,8 @@ def train_task(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            if regularised is not None:
+                regularised.step = step
             loss = _step(model, optimizer, stream, accelerator, config)
             if not torch.isfinite(torch.tensor(loss)):
                 raise TrainingError(
@@ -103,17 +116,23 @@ def train_task(
             done = step + 1
             bar.advance(1, f"loss {loss:.3f}")
             if done % config.logging_steps == 0 or done == run.total_steps:
-                reporter.event("step", task=run.title, step=done, loss=loss, learning_rate=rate)
-                accelerator.log({f"{run.title}/loss": loss, "learning_rate": rate}, step=done)
+                parts = {} if regularised is None else _numbers(regularised.seen)
+                reporter.event(
+                    "step", task=run.title, step=done, loss=loss, learning_rate=rate, **parts
+                )
+                named = {f"{run.title}/{name}": value for name, value in parts.items()}
+                accelerator.log(
+                    {f"{run.title}/loss": loss, "learning_rate": rate, **named}, step=done
+                )
             if save and done % config.save_steps == 0 and done < run.total_steps:
                 save(done, _moments(optimizer, parameters))
     method.eval()
-    if model is not method:
+    if accelerator.num_processes > 1:
         accelerator.free_memory()
     return loss
 
 
-def distributed(method: Method, accelerator: Accelerator) -> torch.nn.Module:
+def distributed(method: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     """Return the method, wrapped to average gradients where there are several processes."""
     if accelerator.num_processes == 1:
         return method
@@ -169,6 +188,10 @@ def _step(
     return float(mean)
 
 
+def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
 def _of_step(batch: Batch, backbone: Backbone, accelerator: Accelerator) -> Batch:
     """Return the batch, told of all processes' rows what its draws depend on."""
     sizes = backbone.row_sizes(batch)
@@ -184,6 +207,8 @@ def _moments(
 ) -> dict[str, Tensor]:
     saved: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
+        if name.startswith(OWN):  # no part of the method, whose state has the others' values
+            saved[f"optimizer.value.{name}"] = parameter.detach()
         state = optimizer.state.get(parameter, {})
         for key in (*MOMENTS, "step"):
             if key in state:
@@ -197,6 +222,8 @@ def _restore(
     moments: Mapping[str, Tensor],
 ) -> None:
     for name, parameter in parameters.items():
+        if (known := moments.get(f"optimizer.value.{name}")) is not None:
+            parameter.data.copy_(known)
         keys = [key for key in (*MOMENTS, "step") if f"optimizer.{key}.{name}" in moments]
         for key in keys:
             value = moments[f"optimizer.{key}.{name}"].clone()

@@ -1,0 +1,214 @@
+"""How much of its rank a low-rank update uses: spectra of A, B and dW, of a run or a PEFT adapter.
+
+    effective rank   exp(H(sigma / sum sigma)), H the entropy; between 1 and r
+    stable rank      ||.||_F^2 / ||.||_2^2
+    correlation      mean |cosine| of pairs of ranks: rows of A, columns of B, and of the update
+                     those of b_k a_k^T, which are the products of both
+
+The singular values of dW = B A come from an r x r product: B = Q_B R_B, A^T = Q_A R_A, and those of
+R_B R_A^T are theirs. A scale changes none of these numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolora.errors import ConfigError, StorageError
+from evolora.regularizers.peft_factors import PREFIXES, as_ranks
+from evolora.storage.artefact import INDEX, TENSORS
+from evolora.storage.files import read_json, read_tensors
+
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FACTOR = re.compile(rf"^(?P<layer>.*)\.(?P<prefix>{'|'.join(PREFIXES)})_A(?P<weight>\.weight)?$")
+SIDES = ("A", "B", "update")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Of one matrix; see the module docstring. Of a matrix of zeros all are 0."""
+
+    effective_rank: float
+    stable_rank: float
+    correlation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSpread:
+    """Of one update.
+
+    Args:
+        layer: its name.
+        expert: which of the layer's experts it is; None where there is one.
+        rank: r.
+        spreads: "A", "B" and "update".
+    """
+
+    layer: str
+    expert: int | None
+    rank: int
+    spreads: Mapping[str, Spread]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra:
+    """Of every update of a run or an adapter.
+
+    Args:
+        source: the folder.
+        updates: in the order of the file.
+    """
+
+    source: str
+    updates: tuple[UpdateSpread, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"source": self.source, "updates": [asdict(update) for update in self.updates]}
+
+    def by_layer(self) -> dict[str, list[UpdateSpread]]:
+        """Return the updates of each layer."""
+        found: dict[str, list[UpdateSpread]] = {}
+        for update in self.updates:
+            found.setdefault(update.layer, []).append(update)
+        return found
+
+
+def mean_spread(updates: list[UpdateSpread], side: str) -> Spread:
+    """Return the means over updates of one side's numbers."""
+    spreads = [asdict(update.spreads[side]) for update in updates]
+    return Spread(**{
+        name: sum(spread[name] for spread in spreads) / len(spreads) for name in spreads[0]
+    })  # fmt: skip
+
+
+def spectra_of(folder: Path) -> Spectra:
+    """Return the spectra of a run, an artefact or a folder of a PEFT adapter.
+
+    Raises:
+        ConfigError: there is no such folder, or no update in it that stands in pairs of factors.
+        StorageError: a file is missing or damaged.
+    """
+    if (folder / INDEX).exists():
+        found = _of_artefact(folder)
+    elif (folder / ADAPTER).exists():
+        found = _of_adapter(folder)
+    else:
+        raise ConfigError(
+            f"{folder} is no finished run, artefact or PEFT adapter: it has neither {INDEX} nor "
+            f"{ADAPTER}"
+        )
+    updates = []
+    for layer, a, b in found:
+        for expert in range(len(a)):
+            number = expert if len(a) > 1 else None
+            spreads = spread_of(a[expert], b[expert])
+            updates.append(
+                UpdateSpread(layer=layer, expert=number, rank=a.shape[1], spreads=spreads)
+            )
+    if not updates:
+        raise ConfigError(f"{folder} holds no low-rank updates that stand in pairs of factors")
+    return Spectra(source=str(folder), updates=tuple(updates))
+
+
+@torch.no_grad()
+def spread_of(a: Tensor, b: Tensor) -> dict[str, Spread]:
+    """Return the spread of A (r, d_in), of B given by its columns (r, d_out), and of their dW."""
+    a, b = a.double(), b.double()
+    reads, writes = _cosines(a), _cosines(b)
+    return {
+        "A": _spread(torch.linalg.svdvals(a), reads),
+        "B": _spread(torch.linalg.svdvals(b), writes),
+        "update": _spread(update_values(a, b), reads * writes),
+    }
+
+
+def update_values(a: Tensor, b: Tensor) -> Tensor:
+    """Return the singular values of B A, of A (r, d_in) and the columns of B (r, d_out)."""
+    left, right = torch.linalg.qr(b.T).R, torch.linalg.qr(a.T).R
+    found: Tensor = torch.linalg.svdvals(left @ right.T)
+    return found
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp of the entropy of singular values; 0 where all are zero."""
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    share = values / total
+    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+
+
+def stable_rank(values: Tensor) -> float:
+    """Return the sum of squares of singular values over the largest; 0 where all are zero."""
+    largest = values.max()
+    return 0.0 if largest == 0 else float(values.square().sum() / largest.square())
+
+
+def _spread(values: Tensor, cosines: Tensor) -> Spread:
+    r = len(cosines)
+    pairs = r * (r - 1)
+    apart = cosines.abs().sum() - cosines.diagonal().abs().sum()
+    return Spread(
+        effective_rank=effective_rank(values),
+        stable_rank=stable_rank(values),
+        correlation=float(apart / pairs) if pairs else 0.0,
+    )
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return unit @ unit.T
+
+
+def _of_artefact(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield (layer, A (e, r, d_in), B (e, r, d_out)) of a method's banks."""
+    sha256 = str(read_json(folder / INDEX, kind="artefact")["tensors"]["sha256"])
+    tensors = read_tensors(folder / TENSORS, sha256=sha256)
+
+    def rows(stack: str) -> Tensor:
+        """Return a stack's rows in the order of their identifiers."""
+        known = torch.cat([tensors[f"{stack}.frozen"], tensors[f"{stack}.active"]])
+        return known[tensors[f"{stack}.slot"]]
+
+    for name in tensors:
+        stack = name.removesuffix(".slot")
+        if stack == name or not stack.endswith(".B"):
+            continue
+        owner = stack.removesuffix(".B")
+        b, layer = rows(stack), owner.removeprefix("layers.").replace("/", ".")
+        if b.dim() != 3 or len(b) == 0:
+            continue  # factors that are composed anew for each input, or no expert here
+        trunk = f"{owner.removesuffix('.bank')}.trunk"
+        a = rows(trunk).expand(len(b), -1, -1) if f"{trunk}.slot" in tensors else rows(f"{owner}.A")
+        yield layer.removesuffix(".bank").replace(".bank.", "."), a, b
+
+
+def _of_adapter(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield (layer, A (e, r, d_in), B (e, r, d_out)) of the layers of a PEFT adapter."""
+    try:
+        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {folder / ADAPTER}: {error}") from error
+    tensors = read_tensors(folder / WEIGHTS)
+    rank = int(config.get("r") or 0)
+    for name, a in tensors.items():
+        match = _FACTOR.match(name)
+        if match is None:
+            continue
+        layer, prefix, weight = match["layer"], match["prefix"], match["weight"] or ""
+        b = tensors.get(f"{layer}.{prefix}_B{weight}")
+        if b is None:
+            raise StorageError(f"{folder / WEIGHTS} has {name!r} and no other factor beside it")
+        values = tensors.get(f"{layer}.lora_E")  # AdaLoRA's singular values
+        a = a if values is None else a * values
+        stacked = bool(config.get("target_parameters")) and rank and len(a) % rank == 0
+        experts = len(a) // rank if stacked else 1
+        yield (layer.removeprefix("base_model.model."), *as_ranks(a, b, layer, experts=experts))

@@ -1,0 +1,136 @@
+"""The page of an inspection of redundancy: how much of its rank each layer uses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+from evolora.evaluation.spectra import SIDES, Spectra, UpdateSpread, mean_spread
+from evolora.report.parts import framed, page
+from evolora.report.svg import Cell, HeatMap, scale
+
+NAMES = {"A": "A: what it reads", "B": "B: what it writes", "update": "the update B A"}
+_BLOCK = re.compile(r"^(.*?)(?:^|\.)(\d+)\.(.*)$")
+
+
+def write_spectra(found: Spectra, out: str | Path) -> Path:
+    """Write the page (one self-contained HTML file) and return its path."""
+    from evolora.storage.files import write_bytes
+
+    body = [
+        f"<h1>Redundancy of {escape(found.source)}</h1>",
+        "<h2>Share of its rank that an update uses</h2>",
+        "<p>Effective rank over rank (%): 100 where all singular values are alike. Rows: kinds of "
+        "layers; columns: blocks; means over a layer's experts.</p>",
+        scale(),
+        framed((NAMES[side], share_map(found, side)) for side in SIDES),
+        "<h2>Likeness of ranks</h2>",
+        "<p>Mean |cosine| of pairs of ranks (%): 0 where none repeats another.</p>",
+        framed((NAMES[side], likeness_map(found, side)) for side in SIDES),
+        "<h2>Numbers</h2>",
+        _table(found),
+    ]
+    target = Path(out)
+    write_bytes(target, page("Redundancy", body).encode())
+    return target
+
+
+def share_map(found: Spectra, side: str) -> str:
+    """Draw the effective rank of each layer's updates, as a share of their rank."""
+    return _map(
+        found,
+        f"effective rank of {side} as a share of the rank",
+        lambda own: mean_spread(own, side).effective_rank / own[0].rank,
+    )
+
+
+def likeness_map(found: Spectra, side: str) -> str:
+    """Draw how alike the ranks of each layer's updates are."""
+    return _map(
+        found,
+        f"mean absolute cosine of the ranks of {side}",
+        lambda own: mean_spread(own, side).correlation,
+    )
+
+
+def place_of(layer: str) -> tuple[str, str]:
+    """Return (kind of layer, block) of a layer's name; "-" for one that is in no block."""
+    match = _BLOCK.match(layer)
+    if match is None:
+        return layer.rpartition(".")[2], "-"
+    before, block, behind = match.groups()
+    tower = next((word for word in ("vision", "text", "language") if word in before), "")
+    return f"{tower} {behind.rpartition('.')[2]}".strip(), block
+
+
+def _map(found: Spectra, label: str, value: Callable[[list[UpdateSpread]], float]) -> str:
+    layers = found.by_layer()
+    places = {layer: place_of(layer) for layer in layers}
+    rows = list(dict.fromkeys(kind for kind, _ in places.values()))
+    columns = sorted(
+        dict.fromkeys(block for _, block in places.values()),
+        key=lambda block: (block == "-", int(block) if block != "-" else 0),
+    )
+    sums: dict[tuple[int, int], list[float]] = {}
+    names: dict[tuple[int, int], list[str]] = {}
+    for layer, own in layers.items():
+        kind, block = places[layer]
+        key = (rows.index(kind), columns.index(block))
+        sums.setdefault(key, []).append(value(own))
+        names.setdefault(key, []).append(layer)
+
+    def cell(i: int, j: int) -> Cell:
+        known = sums.get((i, j))
+        return None if known is None else min(1.0, sum(known) / len(known))
+
+    def hover(i: int, j: int) -> str:
+        shown = cell(i, j)
+        if shown is None:
+            return f"{rows[i]}, block {columns[j]}: none"
+        return f"{', '.join(names[i, j])}: {100 * shown:.1f} %"
+
+    return HeatMap(
+        rows=rows,
+        columns=columns,
+        cells=[[cell(i, j) for j in range(len(columns))] for i in range(len(rows))],
+        label=label,
+        hover=hover,
+        upright=True,
+    ).draw()
+
+
+def columns_of(side: str) -> tuple[str, str, str]:
+    """Return the titles of a side's columns in a table."""
+    return (f"erank {side}", f"stable {side}", f"|cos| {side}")
+
+
+def rows_of(found: Spectra) -> list[tuple[str, str, list[float]]]:
+    """Return (layer, rank and experts, numbers of A, B and the update) of each layer."""
+    rows = []
+    for layer, own in found.by_layer().items():
+        numbers: list[float] = []
+        for side in SIDES:
+            spread = mean_spread(own, side)
+            numbers += [spread.effective_rank, spread.stable_rank, spread.correlation]
+        size = str(own[0].rank) if len(own) == 1 else f"{own[0].rank} x {len(own)}"
+        rows.append((layer, size, numbers))
+    return rows
+
+
+def _table(found: Spectra) -> str:
+    heads: Sequence[str] = ("layer", "rank", *(t for side in SIDES for t in columns_of(side)))
+    head = "".join(f'<th><button type="button">{escape(title)}</button></th>' for title in heads)
+    body = []
+    for layer, size, numbers in rows_of(found):
+        cells = "".join(f'<td data-value="{value}">{value:.2f}</td>' for value in numbers)
+        name = escape(layer, quote=True)
+        body.append(
+            f'<tr><td data-value="{name}">{name}</td>'
+            f'<td data-value="{size.split()[0]}">{size}</td>{cells}</tr>'
+        )
+    return (
+        f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )

@@ -3,7 +3,7 @@
 A registry maps a public name to an object and a one-line summary. Built-in entries live in modules
 that are imported on first use, so listing names does not import torch before it must. Outside
 packages register through the entry-point groups ``evolora.methods``, ``evolora.streams``,
-``evolora.backbones`` and ``evolora.metrics``; an entry point's module is imported and is expected
+``evolora.backbones``, ``evolora.encoders`` and ``evolora.metrics``; an entry point's module is imported and is expected
 to call the decorator.
 """
 
@@ -110,6 +110,7 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.moe_cl",
         "evolora.methods.moe_lora",
         "evolora.methods.o_lora",
+        "evolora.methods.pathweave",
         "evolora.methods.rebq",
     ),
 )
@@ -134,9 +135,12 @@ BACKBONES: Registry[Any] = Registry(
         "evolora.backbones.clip",
         "evolora.backbones.clip_fusion",
         "evolora.backbones.image_text",
+        "evolora.backbones.qformer",
         "evolora.backbones.vilt",
     ),
 )
+ENCODERS: Registry[Any] = Registry(kind="encoder", modules=("evolora.backbones.modalities",))
+"""Encoders of modalities of a Q-Former, see that module."""
 ANSWER_METRICS: Registry[Any] = Registry(
     kind="metric",
     modules=(

@@ -21,8 +21,7 @@ from evolora.allocation.value import FILE as ALLOCATION
 from evolora.allocation.value import Allocation
 from evolora.assets import ROOT, embedded_backbone
 from evolora.backbones.base import Backbone
-from evolora.backbones.families import FAMILIES
-from evolora.backbones.loading import AUTO, wrap_model
+from evolora.backbones.loading import AUTO, WRITING, wrap_model
 from evolora.backbones.shapes import ShapeModel
 from evolora.config import BackboneConfig, RunConfig, build_method, load_stream, parse_config
 from evolora.errors import ConfigError, DataError
@@ -198,11 +197,17 @@ def meta_backbone(wanted: BackboneConfig) -> Backbone:
         raise DataError(
             f"no configuration of backbone {name!r} (embedded shapes: {known})"
         ) from error
-    writes = config.model_type in FAMILIES
+    writes = config.model_type in WRITING
     build: Any = (AutoModelForImageTextToText if writes else AutoModel).from_config
     with torch.device("meta"):
         model: nn.Module = build(config)
-    return wrap_model(model, name=name, type=wanted.type, text_length=wanted.text_length)
+    return wrap_model(
+        model,
+        name=name,
+        type=wanted.type,
+        text_length=wanted.text_length,
+        modalities=wanted.modalities,
+    )
 
 
 def _shape_table(wanted: BackboneConfig, table: Mapping[str, Any]) -> Backbone:

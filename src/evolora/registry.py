@@ -3,8 +3,8 @@
 A registry maps a public name to an object and a one-line summary. Built-in entries live in modules
 that are imported on first use, so listing names does not import torch before it must. Outside
 packages register through the entry-point groups ``evolora.methods``, ``evolora.streams``,
-``evolora.backbones``, ``evolora.encoders`` and ``evolora.metrics``; an entry point's module is imported and is expected
-to call the decorator.
+``evolora.backbones``, ``evolora.encoders`` and ``evolora.metrics``; an entry point's module is
+imported and is expected to call the decorator.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.mosaic.domains",
         "evolora.streams.mosaic.missing",
         "evolora.streams.mosaic.instructions",
+        "evolora.streams.mcl",
         "evolora.streams.mtil",
         "evolora.streams.class_incremental",
         "evolora.streams.own_data",

@@ -10,6 +10,7 @@ from tests.backbones.writers import picture
 from evolora.backbones.base import Batch
 from evolora.backbones.modalities import Frames, ModalitySpec
 from evolora.backbones.qformer import QFormer
+from evolora.backbones.soft_tokens import prompts, soft_tokens
 from evolora.errors import ConfigError, DataError
 from evolora.routing.route import BASE, Route
 
@@ -36,7 +37,7 @@ def test_an_image_is_answered_as_by_the_stock_model(kind: str) -> None:
     }
     asked = asked if backbone.asks else {}
     with torch.no_grad():
-        soft = backbone._soft(batch, "image", torch.arange(2), base(batch))
+        soft = soft_tokens(backbone, batch, "image", torch.arange(2), base(batch))
         stock = model.get_image_features(pixels(backbone, 0, 1), **asked).pooler_output
         assert torch.equal(soft, stock)
         logits, answers = backbone.answer_logits(batch, base(batch))
@@ -81,14 +82,14 @@ def test_each_frame_is_seen_with_its_own_samples_instruction() -> None:
     pair = [sample("video", "what is it ?", 1), sample("video", "is it this or red ?", 2)]
     batch = backbone.collate(pair)
     with torch.no_grad():
-        soft = backbone._soft(batch, "video", torch.arange(2), base(batch))
+        soft = soft_tokens(backbone, batch, "video", torch.arange(2), base(batch))
         assert soft is not None and soft.shape[1] == 3 * QUERIES
         for row, one in enumerate(pair):
             alone = backbone.collate([one])
-            own = backbone._soft(alone, "video", torch.arange(1), base(alone))
+            own = soft_tokens(backbone, alone, "video", torch.arange(1), base(alone))
             torch.testing.assert_close(own[0], soft[row], atol=1e-5, rtol=1e-5)
         other = backbone.collate([sample("video", pair[1].inputs["text"], 1)])
-        told = backbone._soft(other, "video", torch.arange(1), base(other))
+        told = soft_tokens(backbone, other, "video", torch.arange(1), base(other))
         assert not torch.allclose(told[0], soft[0], atol=1e-3)
 
 
@@ -103,7 +104,7 @@ def test_masked_words_do_not_change_what_the_queries_gather() -> None:
     changed = {**inputs, "asked_ids": torch.where(mask.bool(), inputs["asked_ids"], 7)}
     with torch.no_grad():
         first, second = (
-            backbone._soft(
+            soft_tokens(backbone, 
                 Batch(inputs=one, labels=batch.labels, keys=batch.keys, present=batch.present),
                 "image", torch.arange(2), base(batch),
             )
@@ -116,9 +117,9 @@ def test_a_prompt_is_a_cue_and_soft_tokens_of_each_modality_and_then_the_text() 
     backbone = qformer("blip2-opt")
     batch = backbone.collate([sample("image video", "where ?"), sample("image", "is it red ?")])
     with torch.no_grad():
-        embeds, spans = backbone._prompt(batch, base(batch))
-        cue = backbone._embed(torch.tensor(backbone.instructions.plain("this is")))
-        soft = backbone._soft(batch, "image", torch.arange(2), base(batch))
+        embeds, spans = prompts(backbone, batch, base(batch))
+        cue = backbone.embed(torch.tensor(backbone.instructions.plain("this is")))
+        soft = soft_tokens(backbone, batch, "image", torch.arange(2), base(batch))
     n = embeds.shape[1]
     assert n == QUERIES + 2 + 3 * QUERIES + 2
     assert spans.mask[0].all() and spans.mask[1].sum() == QUERIES + 4

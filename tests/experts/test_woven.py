@@ -137,8 +137,8 @@ def test_start_of_a_path_in_closed_form() -> None:
         made.grow(generator(9))
         made.inner.grow(2, generator(9), start=start, std=0.02)
         plain = WovenLayer.forward(made, x, out.clone(), Route.of(2, 1))
-        each = [made.bank.B.all()[i].T @ (made.bank.A.all()[i] @ x[0].T + made.bank.down_bias.all()[i][:, None])
-                for i in range(2)]  # fmt: skip
+        up, down, bias = (s.all() for s in (made.bank.B, made.bank.A, made.bank.down_bias))
+        each = [up[i].T @ (down[i] @ x[0].T + bias[i][:, None]) for i in range(2)]
         offsets = [made.bank.up_bias.all()[i][:, None] for i in range(2)]
         scales = [made.scale.all()[i, 0] for i in range(2)]
         parts = [

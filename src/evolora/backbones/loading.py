@@ -97,7 +97,8 @@ def load_backbone(
         name_or_path: where the model is.
         revision: hub revision.
         type: see :func:`wrap_model`.
-        text_length, modalities: see :func:`wrap_model`.
+        text_length: see :func:`wrap_model`.
+        modalities: see :func:`wrap_model`.
 
     Raises:
         DataError: nothing loadable is there; says where it looked.

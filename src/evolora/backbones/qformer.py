@@ -34,32 +34,28 @@ from evolora.backbones.answer_tokens import NO_ANSWER, Limit, cut
 from evolora.backbones.base import Batch, TextBackbone
 from evolora.backbones.blocks import (
     ALL_LINEAR,
-    block_indices,
     layer_statistics,
-    linear_site,
     outputs_of,
     statistic_layers,
 )
 from evolora.backbones.dialogue import padded_left, padded_right
-from evolora.backbones.families import LANGUAGE, PROJECTION, blocks_of, linears_of
+from evolora.backbones.families import LANGUAGE, PROJECTION, blocks_of
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.instructions import Instructions
 from evolora.backbones.modalities import OWN, Entry, ModalitySpec, make_modality
-from evolora.backbones.soft_prompts import Piece, packed, qformer_linears, token_means
-from evolora.errors import ConfigError, DataError, unknown_name
+from evolora.backbones.qformer_parts import QFORMER, linear_sites, shapes_of_towers
+from evolora.backbones.soft_prompts import token_means
+from evolora.backbones.soft_tokens import SEEN, as_long_as_others, has, prompts
+from evolora.errors import ConfigError, DataError
 from evolora.experts.sites import Site, SiteKind
-from evolora.randomness import StepRandom, derive_seed
 from evolora.registry import BACKBONES
 from evolora.routing.route import BASE, Decisions, Route
 from evolora.routing.spans import TokenSpans
 from evolora.streams.task import Example
 
-QFORMER = "qformer"
 MODEL_TYPES = ("blip-2", "instructblip")
 TEXT_LENGTH, ASKED_LENGTH = 512, 128
 """Longest text in tokens where nothing else is said, and what the Q-Former reads of it (LAVIS)."""
-SEEN = "seen "
-"""A modality's name behind it names what the encoder made, where it is kept."""
 
 
 @BACKBONES.register(
@@ -207,23 +203,7 @@ class QFormer(TextBackbone):
         if kind != "linear":
             raise ConfigError(f"{type(self).__name__} has experts at Linears; got {kind!r}")
         targets = self.default_targets if target_modules is None else target_modules
-        found: list[Site] = []
-        known: set[str] = {ALL_LINEAR}
-        for tower in [tower for tower in self.towers if towers is None or tower in towers]:
-            blocks = self.blocks(tower)
-            for index in block_indices(None if tower == PROJECTION else layers, len(blocks), tower):
-                block = blocks[index]
-                linears = qformer_linears(block) if tower == QFORMER else linears_of(block)
-                for name, linear in linears.items():
-                    name = name or PROJECTION
-                    names = {name, name.rpartition(".")[2], ALL_LINEAR}
-                    known |= names
-                    if names & set(targets):
-                        found.append(linear_site(tower, index, name, linear))
-        for target in targets:
-            if target not in known:
-                raise unknown_name("target module", target, known)
-        return found
+        return linear_sites(self, towers or self.towers, layers, targets)
 
     def repeated_blocks(self) -> list[nn.Module]:
         """Return the blocks of both transformers; the projection, small, is never run again."""
@@ -274,7 +254,7 @@ class QFormer(TextBackbone):
         """Return (b, 3 + m): width of texts, answers and instructions, and what a row has."""
         names = ("input_ids", "answer_ids", "asked_ids")
         widths = torch.tensor([batch.inputs[name].shape[1] for name in names])
-        has = torch.stack([self._has(batch, modality) for modality in self.specs], dim=1).long()
+        has = torch.stack([has(batch, modality) for modality in self.specs], dim=1).long()
         return torch.cat([widths.to(has).expand(len(batch), 3), has], dim=1)
 
     # -- what methods ask for --------------------------------------------------------------------
@@ -283,12 +263,12 @@ class QFormer(TextBackbone):
         self, batch: Batch, route: Route, *, limit: Limit = None
     ) -> tuple[Tensor, Tensor]:
         """Return logits (b, a, c) at the tokens of answers (b, a); see :class:`TextBackbone`."""
-        batch = self._as_long_as_others(batch)
+        batch = as_long_as_others(batch, self._padding)
         answers = cut(batch.inputs["answer_ids"], limit)
         given = answers != NO_ANSWER
         if answers.shape[1] == 0 or not bool(given.any(dim=1).all()):
             raise DataError("a batch that is learned needs an answer in every row")
-        embeds, spans = self._prompt(batch, route)
+        embeds, spans = prompts(self, batch, route)
         if not self.decodes:
             self.host.set_route(LANGUAGE, replace(route, spans=spans))
             start = torch.full_like(answers[:, :1], self._start)
@@ -307,7 +287,7 @@ class QFormer(TextBackbone):
         mask = torch.cat([spans.mask, given], dim=1).long()
         output = self.call(
             self._language,
-            inputs_embeds=torch.cat([embeds, self._embed(answers.clamp_min(0))], dim=1),
+            inputs_embeds=torch.cat([embeds, self.embed(answers.clamp_min(0))], dim=1),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
             logits_to_keep=answers.shape[1] + 1,
@@ -317,7 +297,7 @@ class QFormer(TextBackbone):
     @torch.no_grad()
     def write(self, batch: Batch, route: Route, max_new_tokens: int) -> list[str]:
         """Return the answer of each row, greedy; it ends at an end token or at the limit."""
-        embeds, spans = self._prompt(batch, route)
+        embeds, spans = prompts(self, batch, route)
         kept = replace(route, spans=spans)
         self.host.set_route(LANGUAGE, replace(kept, decisions=Decisions()))
         ends = self._end_tokens
@@ -340,9 +320,15 @@ class QFormer(TextBackbone):
             texts.append(self.instructions.read(row[:end]))
         return texts
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return what the language model makes of token ids: (..., d)."""
+        model: Any = self.model
+        found: Tensor = self.call(lambda: model.language_model.get_input_embeddings()(ids))
+        return found
+
     def encode(self, batch: Batch, route: Route) -> Tensor:
         """Return the mean state (b, d) of each row's prompt under the route."""
-        embeds, spans = self._prompt(batch, route)
+        embeds, spans = prompts(self, batch, route)
         self.host.set_route(LANGUAGE, replace(route, spans=spans))
         return token_means(self._states(embeds, spans.mask), spans.mask)
 
@@ -361,7 +347,7 @@ class QFormer(TextBackbone):
         }
         if len(found) == len(names):
             return found
-        embeds, spans = self._prompt(batch, Route.of(BASE, len(batch), device=self.device))
+        embeds, spans = prompts(self, batch, Route.of(BASE, len(batch), device=self.device))
         with outputs_of(self.blocks(LANGUAGE)) as hidden:
             last = self._states(embeds, spans.mask)
         found["embedding"] = token_means(last, spans.mask)
@@ -422,23 +408,7 @@ class QFormer(TextBackbone):
 
     def tower_inputs(self) -> dict[str, tuple[ModelFunction, dict[str, Tensor]]]:
         """Return the Q-Former with one frame of an image, and the language model with a prompt."""
-        model: Any = self.model
-        number, width = self.queries.shape
-        seen = torch.empty(1, self.tokens("vision"), self.reads, device="meta")
-        inputs = {
-            "query_embeds": torch.empty(1, number, width, device="meta"),
-            "encoder_hidden_states": seen,
-        }
-        if self.asks:
-            length = self.tokens(QFORMER) - number
-            inputs["input_ids"] = torch.zeros(1, length, dtype=torch.long, device="meta")
-        language = model.language_model
-        prompt = torch.empty(1, self.tokens(LANGUAGE), self.width, device="meta")
-        reader = language.base_model if self.decodes else language.get_encoder()
-        return {
-            QFORMER: (model.qformer.forward, inputs),
-            LANGUAGE: (reader.forward, {"inputs_embeds": prompt}),
-        }
+        return shapes_of_towers(self)
 
     def tokens(self, tower: str) -> int:
         """Return the length of a full sequence of a tower; "vision" is the model's encoder."""
@@ -478,13 +448,6 @@ class QFormer(TextBackbone):
     def _start(self) -> int:
         return int(self.config.text_config.decoder_start_token_id or 0)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        model: Any = self.model
-        found: Tensor = self.call(
-            lambda ids: model.language_model.get_input_embeddings()(ids), ids=ids
-        )
-        return found
-
     def _language(self, **inputs: Any) -> Any:
         model: Any = self.model
         return model.language_model(use_cache=False, **inputs)
@@ -507,113 +470,3 @@ class QFormer(TextBackbone):
         output = self.call(run, inputs_embeds=embeds, attention_mask=mask.long())
         states: Tensor = output.last_hidden_state
         return states
-
-    def _has(self, batch: Batch, modality: str) -> Tensor:
-        """Return (b,) bool: which rows have a modality, says the data."""
-        found = batch.present.get(modality)
-        return torch.ones_like(batch.labels, dtype=torch.bool) if found is None else found
-
-    def _prompt(self, batch: Batch, route: Route) -> tuple[Tensor, TokenSpans]:
-        """Return prompts (b, n, d), each ending at the right, and where what stands in them."""
-        pieces: list[Piece] = []
-        for modality, spec in self.specs.items():
-            has = self._has(batch, modality)
-            rows = torch.nonzero(has)[:, 0]
-            soft = self._soft(batch, modality, rows, route) if len(rows) else None
-            if soft is None:
-                continue
-            cue = torch.tensor(self.instructions.plain(spec.cue) if spec.cue else [])
-            if len(cue):
-                told = self._embed(cue.long().to(self.device)).to(soft.dtype)
-                pieces.append(Piece("text", told.expand(len(batch), -1, -1), has))
-            if len(rows) < len(batch):
-                soft = soft.new_zeros(len(batch), *soft.shape[1:]).index_copy(0, rows, soft)
-            pieces.append(Piece(modality, soft, has))
-        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
-        pieces.append(Piece("text", self._embed(ids), mask))
-        present = torch.stack([self._has(batch, name) for name in self.modalities], dim=1)
-        width = None if batch.step_sizes is None else self._whole_width(batch.step_sizes)
-        return packed(pieces, self.modalities, present, width)
-
-    def _whole_width(self, sizes: Tensor) -> int:
-        """Return a width that the prompts of every process have room in."""
-        number = int(self.queries.shape[0])
-        width = int(sizes[:, 0].max())
-        for place, spec in enumerate(self.specs.values()):
-            if bool(sizes[:, 3 + place].any()):
-                width += spec.frames * number + len(self.instructions.plain(spec.cue))
-        return width
-
-    def _soft(self, batch: Batch, modality: str, rows: Tensor, route: Route) -> Tensor | None:
-        """Return the soft tokens (k, frames * q, d) of rows that have a modality; None if unseen.
-
-        It puts the route of these rows' frames in place for the Q-Former and the projection.
-        """
-        spec, number = self.specs[modality], self.specs[modality].frames
-        own = self._route_of(batch, modality, rows.repeat_interleave(number), route)
-        entry = None if own.nobody or not self.host.enabled else self.entries.get(modality)
-        learned = entry if entry is not None and len(entry) else None
-        if learned is None and (spec.width != self.reads or spec.projected(self.reads)):
-            return None
-        tokens = self.base_results(batch.take(rows), (SEEN + modality,))[SEEN + modality]
-        for tower in (QFORMER, PROJECTION):
-            self.host.set_route(tower, own)
-        asked = {name: batch.inputs[name][rows].repeat_interleave(number, dim=0)
-                 for name in ("asked_ids", "asked_mask")}  # fmt: skip
-        model: Any = self.model
-
-        def run(seen: Tensor, asked_ids: Tensor, asked_mask: Tensor) -> Tensor:
-            into = self.own_norm(seen) if learned is None else learned(seen)
-            queries = self.queries if learned is None else learned.queries.all()[0]
-            queries = queries.to(model.query_tokens.dtype).expand(len(seen), -1, -1)
-            inputs = {"query_embeds": queries}
-            if self.asks:
-                ones = torch.ones_like(queries[..., 0], dtype=asked_mask.dtype)
-                mask = torch.cat([ones, asked_mask], dim=1)
-                inputs |= {"input_ids": asked_ids, "attention_mask": mask}
-            whole = model.qformer(
-                encoder_hidden_states=into.to(seen.dtype),
-                encoder_attention_mask=torch.ones_like(seen[..., 0], dtype=torch.long),
-                **inputs,
-            ).last_hidden_state
-            found = whole[:, : queries.shape[1]].to(model.language_projection.weight.dtype)
-            projected: Tensor = model.language_projection(found)
-            return projected
-
-        soft: Tensor = self.call(run, seen=tokens.flatten(0, 1), **asked)
-        return soft.unflatten(0, (len(rows), number)).flatten(1, 2)
-
-    def _route_of(self, batch: Batch, modality: str, rows: Tensor, route: Route) -> Route:
-        """Return the route of a modality's frames, which are of the given rows."""
-        random = None
-        if route.random is not None:
-            random = self._random_of(route.random, batch, modality)
-        if route.paths is None:
-            return replace(route.take(rows), random=random, spans=None)
-        path = route.paths.get(modality, BASE)
-        return Route.of(path, len(rows), device=self.device, random=random)
-
-    def _random_of(self, random: StepRandom, batch: Batch, modality: str) -> StepRandom:
-        """Return the randomness of a modality's frames."""
-        seed, sizes = derive_seed(random.seed, modality), batch.step_sizes
-        if sizes is None:
-            return StepRandom(seed)
-        has = sizes[:, 3 + list(self.specs).index(modality)]
-        frames = self.specs[modality].frames
-        before = int(has[: random.first_row].sum())
-        return StepRandom(seed, first_row=frames * before, global_rows=frames * int(has.sum()))
-
-    def _as_long_as_others(self, batch: Batch) -> Batch:
-        """Return the batch as wide as the widest of all processes: noise is drawn per position."""
-        if batch.step_sizes is None:
-            return batch
-        text, answer, asked = batch.step_sizes[:, :3].amax(dim=0).tolist()
-        inputs = dict(batch.inputs)
-        left = text - inputs["input_ids"].shape[1]
-        inputs["input_ids"] = F.pad(inputs["input_ids"], (left, 0), value=self._padding)
-        inputs["attention_mask"] = F.pad(inputs["attention_mask"], (left, 0))
-        right = answer - inputs["answer_ids"].shape[1]
-        inputs["answer_ids"] = F.pad(inputs["answer_ids"], (0, right), value=NO_ANSWER)
-        for name in ("asked_ids", "asked_mask"):
-            inputs[name] = F.pad(inputs[name], (0, asked - inputs[name].shape[1]))
-        return replace(batch, inputs=inputs)

@@ -6,18 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from evolora.routing.spans import TokenSpans
-
-PLACES = {
-    "attention.attention": "attention",
-    "attention.output": "attention",
-    "crossattention.attention": "crossattention",
-    "crossattention.output": "crossattention",
-}
-"""Where a Linear of a Q-Former's attention is -> the attention it is named by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,19 +64,6 @@ def token_means(states: Tensor, mask: Tensor) -> Tensor:
     """Return the mean (b, d) of states (b, n, d) where the mask (b, n) is set."""
     weights = mask.to(states.dtype).unsqueeze(2)
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)
-
-
-def qformer_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Return name -> Linear of a block of a Q-Former, found by where it stands.
-
-    "attention.query", "crossattention.dense", and of the MLPs "intermediate", "output_query".
-    """
-    found: dict[str, nn.Linear] = {}
-    for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
-            owner, _, last = path.rpartition(".")
-            found[f"{PLACES[owner]}.{last}" if owner in PLACES else owner] = module
-    return found
 
 
 def _each(piece: Piece) -> Tensor:

@@ -1,6 +1,6 @@
 """In-adapters: small maps between the two halves of a frozen adapter, which make it serve anew.
 
-    in  D x + b   --F_i^t-->   U (.) + b_U         F_i^t: r -> r, one for each (path t, source i < t)
+    in  D x + b   --F_i^t-->   U (.) + b_U       F_i^t: r -> r, one for each (path t, source i < t)
 
 kind -> F: "linear" one Linear; "mlp" r -> 2r -> 2r -> r with ReLU, ReLU and a sigmoid at the end;
 "two-linear" r -> 2r -> r, two Linears. Source: PathWeave (arXiv 2410.20178) and its released code,
@@ -10,6 +10,7 @@ whose ablation the last two are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -51,7 +52,7 @@ class InAdapters(nn.Module):
         super().__init__()
         self.r, self.kind, self.shared = r, kind, shared
         widths = [r * factor for factor in WIDTHS[kind]]
-        steps = list(zip(widths[:-1], widths[1:], strict=True))
+        steps = list(pairwise(widths))
         self.weights = nn.ModuleList(GrowingStack(out, into, device=device) for into, out in steps)
         self.biases = nn.ModuleList(GrowingStack(out, device=device) for _, out in steps)
 

@@ -51,6 +51,7 @@ class Method(nn.Module):
         writes: True also trains a model that writes its answers (:class:`TextBackbone`).
         needs_one_stream: True works on image and text in one sequence alone, as in ViLT.
         needs_modalities: True works where modalities are plugged in alone, as in a Q-Former.
+        counted_as: mark in a tensor's name -> part that ``evolora inspect`` counts it under.
 
     Attributes:
         heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
@@ -75,6 +76,7 @@ class Method(nn.Module):
     writes: ClassVar[bool] = False
     needs_one_stream: ClassVar[bool] = False
     needs_modalities: ClassVar[bool] = False
+    counted_as: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
@@ -436,6 +438,10 @@ class Method(nn.Module):
         """Return every tensor that must be kept to answer again and to go on, by name."""
         kept = self.state_dict().items()
         return {name: t for name, t in kept if t.numel() > 0 and name != "allocator.scores"}
+
+    def full_tuning(self, task: int) -> int:
+        """Return how many values would train in place of a task's experts, 0 if it cannot tell."""
+        return 0
 
     @property
     def allocation(self) -> Allocation | None:

@@ -120,6 +120,14 @@ class PathWeave(Method):
     routing = "task-free"
     writes = True
     needs_modalities = True
+    counted_as: ClassVar[Mapping[str, str]] = {
+        "layers.projection/": "projection_adapters",
+        "entries.": "entries",
+        ".inner.": "in_adapters",
+        ".gates.": "gates_and_noise",
+        ".scale.": "experts",
+        ".branch.": "experts",
+    }
     backbone: QFormer
 
     def __init__(self, config: PathWeaveConfig, backbone: Backbone, *, seed: int = 0) -> None:

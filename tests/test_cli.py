@@ -65,10 +65,10 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
         },
         "streams": {
             *("mosaic/domains", "mosaic/missing", "mtil", "class-incremental", "folder", "csv"),
-            *("image-text", "upmc-food101-cmml", "mm-imdb-cmml", "conversations"),
+            *("image-text", "upmc-food101-cmml", "mm-imdb-cmml", "conversations", "mcl"),
             *("cmit", "coin", "ucit"),
         },
-        "backbones": {"dual-encoder", "vilt", "image-text", "clip-tiny", "vilt-tiny"},
+        "backbones": {"dual-encoder", "vilt", "image-text", "qformer", "clip-tiny", "vilt-tiny"},
         "metrics": {"cider-d", "exact-match", "vqa-accuracy"},
     }[kind]
     assert expected <= names

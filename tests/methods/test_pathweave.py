@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.backbones.qformers import cloud, qformer, sample
+from tests.methods.modalities import TEXTS, Rows, task
 from torch import Tensor
 
 from evolora.backbones.qformer import QFormer
@@ -21,24 +21,7 @@ from evolora.methods.lora import SequentialLoRAConfig
 from evolora.methods.pathweave import PathWeave, PathWeaveConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.storage.state import export_state
-from evolora.streams.task import Example, LabelSpace, Task
 from evolora.training.config import TrainingConfig
-
-TEXTS = LabelSpace.of_texts(4)
-ANSWERS = ("red dot", "green bar", "blue cross")
-
-
-class Rows(list[Example]):
-    pass
-
-
-@cache
-def task(modalities: str, count: int = 6, name: str = "") -> Task:
-    rows = Rows(sample(modalities, "what is it ?", row, ANSWERS[row % 3]) for row in range(count))
-    return Task(
-        name=name or modalities, train=rows, val=Rows(), test=rows, labels=TEXTS,
-        modalities=(*modalities.split(), "text"), metric="exact-match",
-    )  # fmt: skip
 
 
 def learner(

@@ -7,6 +7,7 @@ tokenizer (InstructBLIP) or not at all (BLIP-2); the language model gets it behi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Instructions(Dialogues):
         """Return the tokens of a text without any that the tokenizer adds."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    @property
+    @cached_property
     def _last_word(self) -> str:
         """What an answer follows: any word, for a decoder; it starts anew behind an encoder."""
         return ":" if self.decodes else ""

@@ -12,10 +12,8 @@ the sample's own instruction. Modalities are plugged in, see :mod:`evolora.backb
 
 A learned modality enters by its own norm, projection and queries, which a method owns
 (:meth:`QFormer.let_in`). One that is not learned enters as the image does where it has that width;
-else it is not seen, and the text alone is answered.
-
-Prompts are packed to the right and positions count a row's own tokens, so nothing depends on who
-shares a batch.
+else it is not seen. Prompts are packed to the right and positions count a row's own tokens, so
+nothing depends on who shares a batch.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +41,7 @@ from evolora.backbones.families import LANGUAGE, PROJECTION, blocks_of
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.instructions import Instructions
 from evolora.backbones.modalities import OWN, Entry, ModalitySpec, make_modality
-from evolora.backbones.qformer_parts import QFORMER, linear_sites, shapes_of_towers
+from evolora.backbones.qformer_parts import QFORMER, language_states, linear_sites, shapes_of_towers
 from evolora.backbones.soft_prompts import token_means
 from evolora.backbones.soft_tokens import SEEN, as_long_as_others, has, prompts
 from evolora.errors import ConfigError, DataError
@@ -271,7 +269,8 @@ class QFormer(TextBackbone):
         embeds, spans = prompts(self, batch, route)
         if not self.decodes:
             self.host.set_route(LANGUAGE, replace(route, spans=spans))
-            start = torch.full_like(answers[:, :1], self._start)
+            first = int(self.config.text_config.decoder_start_token_id)
+            start = torch.full_like(answers[:, :1], first)
             output = self.call(
                 self._language,
                 inputs_embeds=embeds,
@@ -330,7 +329,7 @@ class QFormer(TextBackbone):
         """Return the mean state (b, d) of each row's prompt under the route."""
         embeds, spans = prompts(self, batch, route)
         self.host.set_route(LANGUAGE, replace(route, spans=spans))
-        return token_means(self._states(embeds, spans.mask), spans.mask)
+        return token_means(language_states(self, embeds, spans.mask), spans.mask)
 
     def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Return those of the results that are named, of prompts; an answer is never seen.
@@ -349,7 +348,7 @@ class QFormer(TextBackbone):
             return found
         embeds, spans = prompts(self, batch, Route.of(BASE, len(batch), device=self.device))
         with outputs_of(self.blocks(LANGUAGE)) as hidden:
-            last = self._states(embeds, spans.mask)
+            last = language_states(self, embeds, spans.mask)
         found["embedding"] = token_means(last, spans.mask)
         if "layers" in names:
             states = [embeds, *hidden]
@@ -422,7 +421,7 @@ class QFormer(TextBackbone):
         asked = self.instructions.asked_limit if self.asks and tower == QFORMER else 0
         return number + asked
 
-    def to(self, device: torch.device | str) -> QFormer:
+    def to(self, device: torch.device | str) -> Self:
         """Move the model and the encoders; the weights stay the same."""
         self.encoders.to(device)
         super().to(device)
@@ -444,10 +443,6 @@ class QFormer(TextBackbone):
         ends = dict.fromkeys([self.instructions.end_token, *others])
         return [int(token) for token in ends if token is not None]
 
-    @property
-    def _start(self) -> int:
-        return int(self.config.text_config.decoder_start_token_id or 0)
-
     def _language(self, **inputs: Any) -> Any:
         model: Any = self.model
         return model.language_model(use_cache=False, **inputs)
@@ -455,18 +450,3 @@ class QFormer(TextBackbone):
     def _generate(self, **inputs: Any) -> Any:
         model: Any = self.model
         return model.language_model.generate(**inputs)
-
-    def _states(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Return the last states (b, n, d) of prompts."""
-        model: Any = self.model
-
-        def run(**inputs: Any) -> Any:
-            language = model.language_model
-            if not self.decodes:
-                return language.get_encoder()(**inputs)
-            positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
-            return language.base_model(use_cache=False, position_ids=positions, **inputs)
-
-        output = self.call(run, inputs_embeds=embeds, attention_mask=mask.long())
-        states: Tensor = output.last_hidden_state
-        return states

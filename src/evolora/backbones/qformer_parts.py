@@ -94,3 +94,19 @@ def shapes_of_towers(backbone: QFormer) -> dict[str, tuple[ModelFunction, dict[s
         QFORMER: (model.qformer.forward, inputs),
         LANGUAGE: (reader.forward, {"inputs_embeds": prompt}),
     }
+
+
+def language_states(backbone: QFormer, embeds: Tensor, mask: Tensor) -> Tensor:
+    """Return the last states (b, n, d) of prompts (b, n, d) under the route in place."""
+    model: Any = backbone.model
+    mask = mask.long()
+
+    def run(**inputs: Any) -> Any:
+        if not backbone.decodes:
+            return model.language_model.get_encoder()(**inputs)
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        return model.language_model.base_model(use_cache=False, position_ids=positions, **inputs)
+
+    output = backbone.call(run, inputs_embeds=embeds, attention_mask=mask)
+    states: Tensor = output.last_hidden_state
+    return states

@@ -91,13 +91,14 @@ def _gather(
     model: Any = backbone.model
     queries = backbone.queries if entry is None else entry.queries.all()[0]
     queries = queries.to(model.query_tokens.dtype).expand(len(tokens), -1, -1)
-    into = backbone.own_norm(tokens) if entry is None else entry(tokens)
+    norm = backbone.own_norm
+    into = norm(tokens.to(norm.weight.dtype)) if entry is None else entry(tokens)
     inputs = {"query_embeds": queries}
     if backbone.asks:
         ones = torch.ones_like(queries[..., 0], dtype=mask.dtype)
         inputs |= {"input_ids": asked, "attention_mask": torch.cat([ones, mask], dim=1)}
     whole = model.qformer(
-        encoder_hidden_states=into.to(tokens.dtype),
+        encoder_hidden_states=into.to(next(model.qformer.parameters()).dtype),
         encoder_attention_mask=torch.ones_like(tokens[..., 0], dtype=torch.long),
         **inputs,
     ).last_hidden_state

@@ -9,6 +9,7 @@ whose ablation the last two are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Literal
@@ -96,5 +97,5 @@ class InAdapters(nn.Module):
 
     def flops(self, tokens: int, path: int) -> int:
         """Return the FLOPs of ``tokens`` tokens on a path."""
-        values = sum(stack.shape[0] * stack.shape[1] for stack in self.weights)  # type: ignore[index, union-attr]
-        return 2 * tokens * path * int(values)
+        stacks = [stack for stack in self.weights if isinstance(stack, GrowingStack)]
+        return 2 * tokens * path * sum(math.prod(stack.shape) for stack in stacks)

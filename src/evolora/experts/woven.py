@@ -115,7 +115,8 @@ class WovenLayer(ExpertLayer):
         """Return the weight (b, n, k) of each expert of a path, its own last; or (k) for all."""
         count = self._sources(path) + 1
         if self.gates is not None and count > 1:
-            return self.gates(x, path, random=route.random, key=self.name)
+            found: Tensor = self.gates(x, path, random=route.random, key=self.name)
+            return found
         share = 1.0 / count if self.mixture == "mean" else 1.0
         return torch.full((count,), share, device=x.device)
 

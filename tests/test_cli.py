@@ -50,7 +50,7 @@ def test_help_does_not_import_torch() -> None:
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["methods", "streams", "backbones", "metrics"])
+@pytest.mark.parametrize("kind", ["methods", "streams", "backbones", "metrics", "encoders"])
 def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
     rows = json.loads(evolora("ls", kind, "--json").stdout)
     assert rows and all(set(row) == {"name", "summary"} and row["summary"] for row in rows)
@@ -70,6 +70,7 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
         },
         "backbones": {"dual-encoder", "vilt", "image-text", "qformer", "clip-tiny", "vilt-tiny"},
         "metrics": {"cider-d", "exact-match", "vqa-accuracy"},
+        "encoders": {"vision", "features"},
     }[kind]
     assert expected <= names
 

@@ -219,6 +219,10 @@ def inspect(
     table.add_row("trainable in the first task", f"{result.trainable[0]:,}")
     table.add_row("backbone (frozen)", f"{result.backbone_parameters:,}")
     console.print(table)
+    for task, (count, full) in enumerate(zip(result.trainable, result.full_tuning, strict=True)):
+        if full:
+            saved = f"{100 * (1 - count / full):.2f} % fewer than {full:,} in full"
+            console.print(f"task {task + 1} trains {count:,}, {saved}")
     for tower, counts in result.flops.items():
         share = 100 * counts["experts"] / counts["base"] if counts["base"] else 0.0
         console.print(f"{tower}: {counts['base']:,} FLOPs per row, experts add {share:.1f} %")
@@ -260,12 +264,12 @@ def metrics(
     Console().print(table)
 
 
-KINDS = ("methods", "streams", "backbones", "metrics")
+KINDS = ("methods", "streams", "backbones", "metrics", "encoders")
 
 
 @app.command("ls")
 def list_kind(
-    kind: Annotated[str, typer.Argument(help="methods, streams, backbones or metrics")],
+    kind: Annotated[str, typer.Argument(help="methods, streams, backbones, metrics or encoders")],
     as_json: AsJson = False,
 ) -> None:
     """List what is there."""
@@ -282,9 +286,9 @@ def list_kind(
 
 def _entries(kind: str) -> list[dict[str, str]]:
     from evolora.assets import embedded_backbones
-    from evolora.registry import ANSWER_METRICS, BACKBONES, METHODS, STREAMS
+    from evolora.registry import ANSWER_METRICS, BACKBONES, ENCODERS, METHODS, STREAMS
 
-    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS)
+    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS, ENCODERS)
     registry = dict(zip(KINDS, registries, strict=True))[kind]
     rows = [{"name": entry.name, "summary": entry.summary} for entry in registry]
     if kind == "backbones":

@@ -45,6 +45,7 @@ PARTS = {
     ".pools.": "adapters",
     "heads.": "heads",
     "vectors.": "class_vectors",
+    "entries.": "entries",
     "tuned.": "tuned_weights",
     "elastic.": "importance",
     ".discriminator.": "discriminators",
@@ -156,7 +157,8 @@ def _inspect(config: RunConfig, labels: list[LabelSpace]) -> Inspection:
         method.preview(index, None)
         trainable.append(_trainable(method))
         trained.append(_counted(method, method.trainable()))
-        full.append(method.full_tuning(index))
+        entries = method.entries
+        full.append(entries.full_tuning(method.task_modalities, index) if entries else 0)
         if not method.joint:
             method.finish_task()
         stored.append(4 * sum(_parts(method).values()))

@@ -24,8 +24,9 @@ from evolora.experts.prompts import PromptLayer
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
 from evolora.methods.answers import Objective, Prediction, Written, answer_limit
+from evolora.methods.entries import entries_of
 from evolora.methods.fitness import check_backbone
-from evolora.methods.heads import TaskHeads
+from evolora.methods.heads import heads_of
 from evolora.methods.reservoir import Reservoir
 from evolora.methods.versions import TensorVersions, digest_of
 from evolora.randomness import generator
@@ -51,10 +52,12 @@ class Method(nn.Module):
         writes: True also trains a model that writes its answers (:class:`TextBackbone`).
         needs_one_stream: True works on image and text in one sequence alone, as in ViLT.
         needs_modalities: True works where modalities are plugged in alone, as in a Q-Former.
+        trains: False learns nothing at all.
         counted_as: mark in a tensor's name -> part that ``evolora inspect`` counts it under.
 
     Attributes:
         heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
+        entries: how plugged modalities enter a Q-Former; None where there are none.
         head_mode: which heads answer: that of the "selected" task, or those of "all_seen" tasks.
             Methods that know no task ask all of them.
         query_feature: feature of the untouched model that routes carry as ``queries``, or None.
@@ -76,6 +79,7 @@ class Method(nn.Module):
     writes: ClassVar[bool] = False
     needs_one_stream: ClassVar[bool] = False
     needs_modalities: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
     counted_as: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
@@ -89,9 +93,8 @@ class Method(nn.Module):
         self.labels: list[LabelSpace] = []
         self.task_names: list[str] = []
         self.task_modalities: list[tuple[str, ...]] = []
-        self.heads: TaskHeads | None = None
-        if backbone.answers == "heads":
-            self.heads = TaskHeads(backbone.parts, self.labels, device=backbone.device)
+        self.heads = heads_of(backbone, self.labels)
+        self.entries = entries_of(backbone, seed=seed) if self.trains else None
         self.head_mode: HeadMode = "selected"
         self.query_feature: str | None = None
         self.reservoir: Reservoir | None = None
@@ -116,6 +119,8 @@ class Method(nn.Module):
         if self.heads is not None:
             draw = generator(self.seed, "head", task)
             self.heads.add(labels, draw, freeze=not self.joint and self.reservoir is None)
+        if self.entries is not None:
+            self.entries.begin(self.task_modalities, freeze=not self.joint)
         self.allocate(task)
         if self.backbone.device.type != "meta":  # counting on shapes keeps its indices on the CPU
             self.to(self.backbone.device)
@@ -438,10 +443,6 @@ class Method(nn.Module):
         """Return every tensor that must be kept to answer again and to go on, by name."""
         kept = self.state_dict().items()
         return {name: t for name, t in kept if t.numel() > 0 and name != "allocator.scores"}
-
-    def full_tuning(self, task: int) -> int:
-        """Return how many values would train in place of a task's experts, 0 if it cannot tell."""
-        return 0
 
     @property
     def allocation(self) -> Allocation | None:

@@ -38,17 +38,18 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evolora.backbones.base import Backbone, Batch, Encoded
-from evolora.backbones.modalities import OWN, Entry, ModalitySpec
+from evolora.backbones.modalities import OWN, ModalitySpec
 from evolora.backbones.qformer import PROJECTION, QFORMER, QFormer
-from evolora.errors import ConfigError, unknown_name
+from evolora.errors import ConfigError
 from evolora.experts.bank import GrowingStack
 from evolora.experts.in_adapters import InAdapterKind, InAdapters, InAdapterStart
 from evolora.experts.sites import Site
 from evolora.experts.woven import Mixture, WovenLayer
 from evolora.methods.base import Method
+from evolora.methods.entries import new_in, stages
 from evolora.randomness import generator
 from evolora.registry import METHODS
 from evolora.routing.path_gates import PathGates
@@ -122,7 +123,6 @@ class PathWeave(Method):
     needs_modalities = True
     counted_as: ClassVar[Mapping[str, str]] = {
         "layers.projection/": "projection_adapters",
-        "entries.": "entries",
         ".inner.": "in_adapters",
         ".gates.": "gates_and_noise",
         ".scale.": "experts",
@@ -133,9 +133,6 @@ class PathWeave(Method):
     def __init__(self, config: PathWeaveConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
         self.selector = Selector()  # nobody is recognised: the data say the modality
-        self.entries = nn.ModuleDict()
-        for spec in self.backbone.specs.values():
-            self._open(spec)
         blocks = config.layers_to_transform
         for site in backbone.sites(
             "linear", towers=[QFORMER], layers=blocks, target_modules=TARGETS
@@ -150,12 +147,12 @@ class PathWeave(Method):
     @property
     def paths(self) -> list[str]:
         """The learned modalities, in the order of their paths."""
-        return list(self._stages())
+        return list(stages(self.task_modalities[: len(self.labels)]))
 
     def expand(self, spec: ModalitySpec) -> None:
         """Plug in a modality that the backbone did not know; the next task may bring it."""
-        self.backbone.add_modality(spec)
-        self._open(spec)
+        assert self.entries is not None
+        self.entries.expand(spec)
 
     def allocate(self, task: int) -> None:
         """Make the path of the task's new modality; the model's own needs none.
@@ -166,7 +163,7 @@ class PathWeave(Method):
         new = self._new_modality(task)
         if new is None:
             return
-        config, spec = self.config, self.backbone.specs[new]
+        config = self.config
         normal = BERT_STD if config.init == "bert_normal" else None
         for key, layer in self.layers.items():
             assert isinstance(layer, WovenLayer)
@@ -176,10 +173,6 @@ class PathWeave(Method):
             if layer.inner is not None:
                 start = "normal" if normal else config.in_adapter_start
                 layer.inner.grow(path, draw, start=start, std=BERT_STD)
-        norm, queries = self._predecessors(spec)
-        entry = self.entries[new]
-        assert isinstance(entry, Entry)
-        entry.grow(norm, queries, generator(self.seed, f"entry {new}", task))
         self._set_faults()
 
     def finish_task(self) -> None:
@@ -195,7 +188,7 @@ class PathWeave(Method):
     def route(self, batch: Batch, oracle: int | None = None) -> tuple[Encoded | None, Selection]:
         """Return the stage that taught each row's newest modality, or the base."""
         tasks = torch.full((len(batch),), BASE, device=self.backbone.device)
-        for modality, task in self._stages().items():
+        for modality, task in stages(self.task_modalities[: len(self.labels)]).items():
             has = batch.present.get(modality)
             if has is not None:
                 tasks = torch.where(has, tasks.clamp_min(task), tasks)
@@ -213,39 +206,14 @@ class PathWeave(Method):
     def remove(self) -> None:
         """Take all adapters and entries out of the backbone again."""
         super().remove()
-        self.backbone.let_in({})
-
-    # -- what it costs ---------------------------------------------------------------------------
-
-    def full_tuning(self, task: int) -> int:
-        """Return what would train if the Q-Former and projection did in place of adapters."""
-        new = self._new_modality(task)
-        if new is None:
-            return 0
-        model: Any = self.backbone.model
-        parts = (model.qformer, model.language_projection, self.entries[new])
-        stacks = sum(p.numel() for part in parts for p in part.parameters())
-        frozen = [m.frozen for m in self.entries[new].modules() if isinstance(m, GrowingStack)]
-        return stacks + sum(values.numel() for values in frozen)
+        assert self.entries is not None
+        self.entries.leave()
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _stages(self) -> dict[str, int]:
-        """Return learned modality -> the task that taught it."""
-        found: dict[str, int] = {}
-        for task, modalities in enumerate(self.task_modalities[: len(self.labels)]):
-            for modality in modalities:
-                if modality not in (OWN, "text"):
-                    found.setdefault(modality, task)
-        return found
-
     def _new_modality(self, task: int) -> str | None:
-        name, modalities = self.task_names[task], self.task_modalities[task]
-        seen = [modality for modality in modalities if modality != "text"]
-        for modality in seen:
-            if modality not in self.backbone.specs:
-                raise unknown_name(f"modality of task {name!r}", modality, self.backbone.specs)
-        new = [modality for modality in seen if self._stages().get(modality) == task]
+        tasks, name = self.task_modalities, self.task_names[task]
+        new, seen = new_in(tasks, task), [one for one in tasks[task] if one != "text"]
         if len(new) > 1:
             raise ConfigError(
                 f"task {name!r} brings {len(new)} new modalities ({', '.join(new)}); pathweave "
@@ -257,34 +225,6 @@ class PathWeave(Method):
                 f"paths of {', '.join(self.paths) or 'none'} are finished and stay as they are"
             )
         return new[0] if new else None
-
-    def _open(self, spec: ModalitySpec) -> None:
-        """Make the place of what a modality enters by; the model's own needs none."""
-        if spec.name == OWN:
-            return
-        backbone = self.backbone
-        self.entries[spec.name] = Entry(
-            spec,
-            tuple(backbone.queries.shape),
-            backbone.reads,
-            eps=backbone.own_norm.eps,
-            device=backbone.device,
-        )
-        backbone.let_in(self._entries())
-
-    def _entries(self) -> Mapping[str, Entry]:
-        return {name: entry for name, entry in self.entries.items() if isinstance(entry, Entry)}
-
-    def _predecessors(self, spec: ModalitySpec) -> tuple[Tensor | None, Tensor]:
-        """Return norm and queries that a new modality begins with: those of earlier ones."""
-        own, entries = self.backbone.own_norm, self._entries()
-        earlier: Sequence[str] = self.paths[:-1]
-        norm = torch.stack([own.weight, own.bias]) if spec.width == len(own.weight) else None
-        for name in earlier:
-            if self.backbone.specs[name].width == spec.width:
-                norm = entries[name].norm.all()[0]
-        queries = entries[earlier[-1]].queries.all()[0] if earlier else self.backbone.queries
-        return norm, queries
 
     def _woven(self, site: Site, mixture: Mixture) -> WovenLayer:
         config, device = self.config, self.backbone.device

@@ -211,12 +211,21 @@ def test_the_modality_of_the_input_picks_the_path_whatever_task_is_told() -> Non
 
 
 def test_a_path_is_learned_and_kept(tmp_path: Path) -> None:
-    learned = learner("blip2-opt", max_steps=80, learning_rate=1e-2, per_device_train_batch_size=3)
+    config = PathWeaveConfig(r=4)
+    learned = learner("blip2-opt", config=config, max_steps=60, learning_rate=1e-2)
+    batch = learned.backbone.collate(list(task("video", 3).train), task=0)
+
+    def loss() -> float:
+        with torch.no_grad():
+            route = learned.method.make_route(0, batch)
+            return float(learned.backbone.answer_losses(batch, route).mean())
+
+    before = loss()
     learned.learn(task("video", 3))
-    assert learned.evaluate(task("video", 3)).score == 1.0
+    after = loss()
+    assert after < 0.75 * before
     learned.learn(task("pc", 3))
-    assert learned.evaluate(task("pc", 3)).score == 1.0
-    assert learned.evaluate(task("video", 3)).score == 1.0
+    assert loss() == after
     learned.save_pretrained(tmp_path)
     again = Learner.from_pretrained(tmp_path, qformer("blip2-opt"))
     for modality in ("video", "pc", "image pc"):

@@ -199,7 +199,7 @@ class Frames(nn.Module):
         pixels = (images.float() / 255.0 - self.mean) / self.deviation
         hidden = vision.embeddings(pixels.to(weight.dtype))
         states: Tensor = vision.encoder(inputs_embeds=hidden).last_hidden_state
-        return states.unflatten(0, frames.shape[:2])
+        return states.view(*frames.shape[:2], *states.shape[1:])
 
 
 class AsIs(nn.Module):

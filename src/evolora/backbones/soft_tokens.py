@@ -81,7 +81,7 @@ def soft_tokens(
     soft: Tensor = backbone.call(
         _gather, backbone=backbone, entry=entry, tokens=tokens, asked=asked, mask=mask
     )
-    return soft.unflatten(0, (len(rows), spec.frames)).flatten(1, 2)
+    return soft.reshape(len(rows), -1, soft.shape[-1])
 
 
 def _gather(

@@ -151,7 +151,8 @@ def _inspect(config: RunConfig, labels: list[LabelSpace]) -> Inspection:
     method = build_method(config.method, backbone, seed=config.seed)
     trainable, stored = [], []
     writes = backbone.answers == "text"  # how many classes there are says nothing then
-    full, trained = [], []
+    full: list[int] = []
+    trained: list[Mapping[str, int]] = []
     for index, (space, modalities) in enumerate(zip(labels, _modalities(config), strict=False)):
         method.begin_task(f"task {index}", LabelSpace.of_texts() if writes else space, modalities)
         method.preview(index, None)

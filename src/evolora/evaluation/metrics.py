@@ -282,7 +282,8 @@ def forgetting_of_stages(values: ArrayLike, *, relative: bool = False) -> tuple[
     task 0: as for :func:`new_modalities`.
     """
     matrix = _square(values)
-    learned, found = matrix.diagonal(), []
+    learned = matrix.diagonal()
+    found: list[Score] = []
     for m in range(1, len(matrix)):
         lost = learned[:m] - matrix[m, :m]
         if relative and (learned[:m] == 0).any():

@@ -145,7 +145,7 @@ class WovenLayer(ExpertLayer):
             for stack in (bank.A, bank.down_bias, bank.B, bank.up_bias, self.scale)
         )
         inside = F.linear(x.to(out.dtype), down.flatten(0, 1), bias.flatten())
-        hidden = inside.unflatten(-1, (path + 1 - first, bank.r))
+        hidden = inside.view(*inside.shape[:-1], path + 1 - first, bank.r)
         if bank.activation == "relu":
             hidden = torch.relu(hidden)
         inner = self._inner(path)

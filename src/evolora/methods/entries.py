@@ -77,7 +77,7 @@ class ModalityEntries(nn.Module):
         new = new_in(tasks, task)
         model: Any = self.backbone.model
         parts = (model.qformer, model.language_projection) if new else ()
-        whole = sum(p.numel() for part in parts for p in part.parameters())
+        whole: int = sum(p.numel() for part in parts for p in part.parameters())
         entries = [stack for name in new for stack in self.of[name].modules()]
         stacks = [stack for stack in entries if isinstance(stack, GrowingStack)]
         return whole + sum(stack.frozen.numel() + stack.active.numel() for stack in stacks)

@@ -41,8 +41,10 @@ import torch
 from torch import nn
 
 from evolora.backbones.base import Backbone, Batch, Encoded
+from evolora.backbones.families import PROJECTION
 from evolora.backbones.modalities import OWN, ModalitySpec
-from evolora.backbones.qformer import PROJECTION, QFORMER, QFormer
+from evolora.backbones.qformer import QFormer
+from evolora.backbones.qformer_parts import QFORMER
 from evolora.errors import ConfigError
 from evolora.experts.bank import GrowingStack
 from evolora.experts.in_adapters import InAdapterKind, InAdapters, InAdapterStart

@@ -25,7 +25,7 @@ from evolora.streams.conversations import setting_of
 from evolora.streams.own_conversations import json_rows
 from evolora.streams.own_csv import refuse_bad
 from evolora.streams.sampling import read_all, user_path
-from evolora.streams.task import MAX_NEW_TOKENS, Example, LabelSpace, Stream, Task
+from evolora.streams.task import MAX_NEW_TOKENS, Example, Label, LabelSpace, Stream, Task
 
 DEFAULT_ROOT = Path("data/mcl")
 ORDER = ("image", "video", "audio", "depth", "pc")
@@ -125,7 +125,8 @@ def _example(row: Any, modality: str, folder: Path, name: str) -> Example:
     inputs = {key: _files(value, key, folder) for key, value in row.items() if key not in TEXTS}
     if question:
         inputs["text"] = question
-    label = answers[0] if len(answers) == 1 else tuple(answers)
+    said = tuple(str(one) for one in answers)
+    label: Label = said[0] if len(said) == 1 else said
     return Example(inputs=inputs, label=label, key=str(row.get("id", name)))
 
 

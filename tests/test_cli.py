@@ -50,7 +50,9 @@ def test_help_does_not_import_torch() -> None:
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["methods", "streams", "backbones", "metrics", "regularizers"])
+@pytest.mark.parametrize(
+    "kind", ["methods", "streams", "backbones", "metrics", "regularizers", "encoders"]
+)
 def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
     rows = json.loads(evolora("ls", kind, "--json").stdout)
     assert rows and all(set(row) == {"name", "summary"} and row["summary"] for row in rows)
@@ -65,15 +67,16 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
         },
         "streams": {
             *("mosaic/domains", "mosaic/missing", "mtil", "class-incremental", "folder", "csv"),
-            *("image-text", "upmc-food101-cmml", "mm-imdb-cmml", "conversations"),
+            *("image-text", "upmc-food101-cmml", "mm-imdb-cmml", "conversations", "mcl"),
             *("cmit", "coin", "ucit"),
         },
         "backbones": {
-            *("dual-encoder", "vilt", "image-text"),
+            *("dual-encoder", "vilt", "image-text", "qformer"),
             *("clip-tiny", "vilt-tiny", "llava-tiny"),
         },
         "metrics": {"cider-d", "exact-match", "vqa-accuracy"},
         "regularizers": {"resora"},
+        "encoders": {"vision", "features"},
     }[kind]
     assert expected <= names
 

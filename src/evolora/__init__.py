@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evolora.methods.moe_adapters import MoEAdaptersConfig as MoEAdapters
     from evolora.methods.moe_cl import MoECLConfig as MoECL
     from evolora.methods.moe_lora import MoELoRAConfig as MoELoRA
+    from evolora.methods.pathweave import PathWeaveConfig as PathWeave
     from evolora.methods.rebq import RebQConfig as RebQ
     from evolora.methods.zero_shot import ZeroShotConfig as ZeroShot
     from evolora.regularizers.settings import ResoraConfig
@@ -43,6 +44,7 @@ _PUBLIC = {
     "CodaPrompt": ("evolora.methods.coda_prompt", "CodaPromptConfig"),
     "DMoLE": ("evolora.methods.d_mole", "DMoLEConfig"),
     "DeLo": ("evolora.methods.delo", "DeLoConfig"),
+    "PathWeave": ("evolora.methods.pathweave", "PathWeaveConfig"),
     "DynMoLE": ("evolora.methods.dyn_mole", "DynMoLEConfig"),
     "ER": ("evolora.methods.er", "ERConfig"),
     "EWC": ("evolora.methods.ewc", "EWCConfig"),
@@ -87,6 +89,7 @@ __all__ = [
     "MoEAdapters",
     "MoECL",
     "MoELoRA",
+    "PathWeave",
     "RebQ",
     "ResoraConfig",
     "SequentialLoRA",

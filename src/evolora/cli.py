@@ -232,6 +232,10 @@ def inspect(
     table.add_row("trainable in the first task", f"{result.trainable[0]:,}")
     table.add_row("backbone (frozen)", f"{result.backbone_parameters:,}")
     console.print(table)
+    for task, (count, full) in enumerate(zip(result.trainable, result.full_tuning, strict=True)):
+        if full:
+            saved = f"{100 * (1 - count / full):.2f} % fewer than {full:,} in full"
+            console.print(f"task {task + 1} trains {count:,}, {saved}")
     for tower, counts in result.flops.items():
         share = 100 * counts["experts"] / counts["base"] if counts["base"] else 0.0
         console.print(f"{tower}: {counts['base']:,} FLOPs per row, experts add {share:.1f} %")
@@ -273,13 +277,14 @@ def metrics(
     Console().print(table)
 
 
-KINDS = ("methods", "streams", "backbones", "metrics", "regularizers")
+KINDS = ("methods", "streams", "backbones", "metrics", "regularizers", "encoders")
 
 
 @app.command("ls")
 def list_kind(
     kind: Annotated[
-        str, typer.Argument(help="methods, streams, backbones, metrics or regularizers")
+        str,
+        typer.Argument(help="methods, streams, backbones, metrics, regularizers or encoders"),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -297,9 +302,16 @@ def list_kind(
 
 def _entries(kind: str) -> list[dict[str, str]]:
     from evolora.assets import embedded_backbones
-    from evolora.registry import ANSWER_METRICS, BACKBONES, METHODS, REGULARIZERS, STREAMS
+    from evolora.registry import (
+        ANSWER_METRICS,
+        BACKBONES,
+        ENCODERS,
+        METHODS,
+        REGULARIZERS,
+        STREAMS,
+    )
 
-    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS, REGULARIZERS)
+    registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS, REGULARIZERS, ENCODERS)
     registry = dict(zip(KINDS, registries, strict=True))[kind]
     rows = [{"name": entry.name, "summary": entry.summary} for entry in registry]
     if kind == "backbones":

@@ -34,12 +34,15 @@ class BackboneConfig:
         type: a name of ``evolora ls backbones`` ("clip-fusion"), or "auto": by the model.
         text_length: longest text in tokens; None is the model's own. ViLT's table of positions is
             interpolated beyond it; a model that writes refuses a longer prompt.
+        modalities: of a Q-Former: name -> {"encoder": a name of ``evolora.registry.ENCODERS``,
+            what its function takes}. "image" is the model's own.
     """
 
     name_or_path: str = "clip-tiny"
     revision: str | None = None
     type: str = "auto"
     text_length: int | None = None
+    modalities: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.type != "auto" and self.type not in BACKBONES:
@@ -118,7 +121,7 @@ class RunConfig:
         elif isinstance(allocation, str) and Path(allocation).is_file():
             content = Path(allocation).read_bytes()  # what it says decides, not what it is called
             value["method"]["allocation"] = hashlib.sha256(content).hexdigest()
-        for name in ("type", "text_length"):  # as before there was a choice
+        for name in ("type", "text_length", "modalities"):  # as before there was a choice
             if value["backbone"][name] == getattr(BackboneConfig, name):
                 value["backbone"].pop(name)
         text = json.dumps(value, sort_keys=True, default=list)

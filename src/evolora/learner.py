@@ -132,7 +132,7 @@ class Learner:
             raise ConfigError(
                 f"task {task.name!r} is already learned (learned: {', '.join(self.task_names)})"
             )
-        self.method.begin_task(task.name, task.labels)
+        self.method.begin_task(task.name, task.labels, task.modalities)
         self.recall([task])
 
     def recall(self, tasks: Iterable[Task]) -> None:

@@ -3,7 +3,8 @@
 A registry maps a public name to an object and a one-line summary. Built-in entries live in modules
 that are imported on first use, so listing names does not import torch before it must. Outside
 packages register through the entry-point groups ``evolora.methods``, ``evolora.streams``,
-``evolora.backbones``, ``evolora.metrics`` and ``evolora.regularizers``; an entry point's module is
+``evolora.backbones``, ``evolora.encoders``, ``evolora.metrics`` and ``evolora.regularizers``; an
+entry point's module is
 imported and is expected to call the decorator.
 """
 
@@ -110,6 +111,7 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.moe_cl",
         "evolora.methods.moe_lora",
         "evolora.methods.o_lora",
+        "evolora.methods.pathweave",
         "evolora.methods.rebq",
     ),
 )
@@ -119,6 +121,7 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.mosaic.domains",
         "evolora.streams.mosaic.missing",
         "evolora.streams.mosaic.instructions",
+        "evolora.streams.mcl",
         "evolora.streams.mtil",
         "evolora.streams.class_incremental",
         "evolora.streams.own_data",
@@ -134,6 +137,7 @@ BACKBONES: Registry[Any] = Registry(
         "evolora.backbones.clip",
         "evolora.backbones.clip_fusion",
         "evolora.backbones.image_text",
+        "evolora.backbones.qformer",
         "evolora.backbones.vilt",
     ),
 )
@@ -141,6 +145,8 @@ REGULARIZERS: Registry[Any] = Registry(
     kind="regularizer",
     modules=("evolora.regularizers.resora",),
 )
+ENCODERS: Registry[Any] = Registry(kind="encoder", modules=("evolora.backbones.modalities",))
+"""Encoders of modalities of a Q-Former, see that module."""
 ANSWER_METRICS: Registry[Any] = Registry(
     kind="metric",
     modules=(

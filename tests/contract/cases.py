@@ -34,6 +34,7 @@ from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.methods.moe_cl import MoECLConfig
 from evolora.methods.moe_lora import MoELoRAConfig
 from evolora.methods.o_lora import OLoRAConfig
+from evolora.methods.pathweave import PathWeaveConfig
 from evolora.methods.rebq import RebQConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
@@ -105,6 +106,7 @@ CASES = {
         config=RebQConfig(components_per_task=3, prompt_length=4, layers_to_transform=(0, 1)),
         prompts=True,
     ),
+    "pathweave": Case(config=PathWeaveConfig(r=2), retains=True),
     "coda-prompt": Case(
         config=CodaPromptConfig(components_per_task=3, prompt_length=4, layers_to_transform=(0, 1)),
         prompts=True,
@@ -124,7 +126,10 @@ CASES = {
 KINDS = ("clip", "siglip")
 ONE_STREAM = [entry.name for entry in METHODS if entry.value.needs_one_stream]
 """They refuse dual encoders; tests/methods/test_one_stream.py holds them to the same on a ViLT."""
-EVERY = pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in ONE_STREAM])
+PLUGGED = [entry.name for entry in METHODS if entry.value.needs_modalities]
+"""They refuse dual encoders; tests/methods/test_pathweave.py holds them to it on Q-Formers."""
+ELSEWHERE = {*ONE_STREAM, *PLUGGED}
+EVERY = pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in ELSEWHERE])
 BOTH = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -14,6 +14,7 @@ from tests.contract.cases import (
     CASES,
     EVERY,
     ONE_STREAM,
+    PLUGGED,
     answer,
     base_scores,
     case_of,
@@ -26,6 +27,7 @@ from tests.contract.cases import (
 )
 
 from evolora.errors import ConfigError
+from evolora.learner import Learner
 from evolora.registry import METHODS
 from evolora.routing.route import BASE
 
@@ -46,6 +48,13 @@ def test_a_method_without_a_toy_configuration_fails() -> None:
 def test_a_method_of_one_stream_refuses_two_towers(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} needs image and text in one sequence"):
         make(name)
+
+
+@pytest.mark.parametrize("name", PLUGGED)
+def test_a_method_of_modalities_refuses_a_model_that_takes_none(name: str) -> None:
+    config = METHODS.get(name).config_class()
+    with pytest.raises(ConfigError, match=f"{name} learns classes|{name} needs a model that"):
+        Learner(toy_backbone("clip"), method=config)
 
 
 @EVERY

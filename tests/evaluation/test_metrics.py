@@ -76,6 +76,21 @@ def test_avg_over_seen_stages_looks_at_nothing_above_the_diagonal(values):
     assert metrics.avg_seen(changed) == metrics.avg_seen(values)
 
 
+def test_the_golden_matrix_of_continual_learning_of_modalities():
+    """9.2 of the specification of PathWeave: column 0 is what the base model knows."""
+    golden = np.array([[60, np.nan, np.nan], [58, 40, np.nan], [54, 39, 30]]) / 100
+    assert metrics.new_modalities(golden) == pytest.approx((0.40, 0.30))
+    assert metrics.forgetting_of_stages(golden) == pytest.approx((0.02, 0.035))
+    relative = metrics.forgetting_of_stages(golden, relative=True)
+    assert relative == pytest.approx((2 / 60, 0.0625))
+    result = metrics.summary(matrix_of(golden))
+    assert result["mcl_t"] == pytest.approx(0.35)
+    assert result["mcl_f"] == pytest.approx(0.0275)
+    assert result["mcl_f_relative"] == pytest.approx((2 / 60 + 0.0625) / 2)
+    nothing = np.array([[0.0, 0.5], [0.0, 0.5]])
+    assert metrics.forgetting_of_stages(nothing, relative=True) == (None,)
+
+
 def test_weights_by_samples_give_the_accuracy_over_all_samples():
     # 10, 30, 60 samples: step 2 is (0.6 * 10 + 0.9 * 30) / 40 = 0.825; step 3 is 0.85
     counts = [10, 30, 60]
@@ -202,7 +217,11 @@ def test_scores_before_learning_a_task_do_not_count_as_forgotten(values):
 @given(squares)
 def test_every_value_stays_in_its_range(values):
     for name, value in metrics.summary(matrix_of(values, values[0])).items():
-        low = -1.0 if name in ("bwt", "bwt_over_all", "fwt", "forgetting", "cmml_fg") else 0.0
+        if name == "mcl_f_relative":  # a gain may be many times what there was
+            assert value is None or value <= 1 + 1e-12
+            continue
+        signed = ("bwt", "bwt_over_all", "fwt", "forgetting", "cmml_fg", "mcl_f")
+        low = -1.0 if name in signed else 0.0
         assert value is None or low - 1e-12 <= value <= 1 + 1e-12
 
 
@@ -215,6 +234,9 @@ def test_one_task_has_no_transfer_and_nothing_to_forget():
         "fwt",
         "forgetting",
         "cmml_fg",
+        "mcl_t",
+        "mcl_f",
+        "mcl_f_relative",
         "zero_shot_transfer",
     }
     assert {name for name, value in result.items() if value is None} == undefined

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.backbones.qformers import qformer
 from tests.backbones.writers import writer
 from tests.conftest import ToyProcessor, toy_model, toy_task
+from tests.methods import modalities
 from tests.methods.texts import task
 
 from evolora.allocation.settings import GradientAllocationConfig
@@ -37,6 +39,7 @@ from evolora.methods.lora import JointLoRAConfig, LoRAPerTaskConfig, SequentialL
 from evolora.methods.lwf import LwFConfig
 from evolora.methods.moe_adapters import MoEAdaptersConfig
 from evolora.methods.o_lora import OLoRAConfig
+from evolora.methods.pathweave import PathWeaveConfig
 from evolora.methods.zero_shot import ZeroShotConfig
 from evolora.registry import METHODS
 from evolora.regularizers.settings import ResoraConfig
@@ -62,6 +65,7 @@ TOY: dict[str, Any] = {
     "er": ERConfig(**LORA, capacity=12),
     "lwf": LwFConfig(r=2, lora_dropout=0.1),
     "o-lora": OLoRAConfig(r=2, lora_dropout=0.1),
+    "pathweave": PathWeaveConfig(r=2),
     "lora-per-task": LoRAPerTaskConfig(**LORA),
     "allocated-lora": LoRAPerTaskConfig(
         **LORA, allocation=GradientAllocationConfig(budget=4, sample=9)
@@ -116,6 +120,9 @@ def toy_run(
     backbone: Backbone
     if method in WRITING:
         backbone, tasks = writer("internvl"), written_tasks()
+    elif method == "pathweave":
+        backbone = qformer("blip2-opt")
+        tasks = tuple(modalities.task(stage, 12) for stage in ("image", "video", "audio", "pc"))
     else:
         backbone = DualEncoder(toy_model(), ToyProcessor(), name="toy")
     return ContinualRun(

@@ -67,6 +67,7 @@ class Backbone(FrozenModel):
         has_prefix: whether it can go on from activations below the experts at all.
         one_stream: image and text run in one sequence, whose places routes carry as ``spans``, and
             a pooler (:attr:`pooler_site`) makes the embedding of it, as in ViltModel.
+        takes_modalities: whether modalities may be plugged in, as in a Q-Former.
     """
 
     default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj", "fc1", "fc2")
@@ -80,6 +81,7 @@ class Backbone(FrozenModel):
     masked: bool = False
     has_prefix: ClassVar[bool] = True
     one_stream: ClassVar[bool] = False
+    takes_modalities: ClassVar[bool] = False
     _states = 0
 
     @abstractmethod

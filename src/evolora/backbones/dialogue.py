@@ -67,7 +67,7 @@ class Dialogues:
                 prompt is longer than the limit.
         """
         images = _images(example)
-        text = self.render(_turns(example), len(images), example.key)
+        text = self.render(turns_of(example), len(images), example.key)
         bos = self.tokenizer.bos_token
         try:
             found = self.processor(
@@ -96,7 +96,7 @@ class Dialogues:
 
     def words(self, example: Example) -> Tensor | None:
         """Return the tokens (m,) of the user's last turn as text alone, or None without words."""
-        parts = _content(_turns(example)[-1])
+        parts = _content(turns_of(example)[-1])
         text = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         first = [] if self.first_token is None else [self.first_token]
@@ -171,7 +171,7 @@ class Dialogues:
         return "\n".join([*lines, "Answer:", ""])
 
 
-def _turns(example: Example) -> tuple[str, ...]:
+def turns_of(example: Example) -> tuple[str, ...]:
     """Return the turns of a sample's text, beginning and ending with the user's."""
     text = example.inputs.get("text", "")
     turns = (text,) if isinstance(text, str) else tuple(text)

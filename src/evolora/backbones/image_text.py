@@ -49,6 +49,7 @@ from evolora.backbones.families import (
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.max_pooled import MAX_POOLED, NOTHING, max_pooled, width
 from evolora.backbones.prompt_rows import as_long_as_others, of_images, prompt_spans
+from evolora.backbones.soft_prompts import token_means
 from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.experts.sites import Site, SiteKind
 from evolora.registry import BACKBONES
@@ -258,7 +259,7 @@ class ImageText(TextBackbone):
     def encode(self, batch: Batch, route: Route) -> Tensor:
         """Return the mean state (b, d) of each row's prompt under the route."""
         spans = self._place(batch, route)
-        return _mean(self._prompt_states(batch), spans.mask)
+        return token_means(self._prompt_states(batch), spans.mask)
 
     def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Return those of the results that are named, of prompts; an answer is never seen.
@@ -282,7 +283,7 @@ class ImageText(TextBackbone):
                 last = self._prompt_states(batch)
         finally:
             handle.remove()
-        found = {"embedding": _mean(last, spans.mask)}
+        found = {"embedding": token_means(last, spans.mask)}
         if "layers" in names:
             states = [*entering, *hidden]
             found["layers"] = layer_statistics([states[depth] for depth in depths], spans.mask)
@@ -417,9 +418,3 @@ class ImageText(TextBackbone):
         random = of_images(route.random, batch, merged)
         self.host.set_route(PROJECTION, replace(seen.take(every), random=random))
         return spans
-
-
-def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean (b, d) of states (b, n, d) where the mask (b, n) is set."""
-    weights = mask.to(states.dtype).unsqueeze(2)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from socket import create_connection
@@ -18,6 +18,7 @@ from evolora.backbones.base import Backbone
 from evolora.backbones.clip import DualEncoder
 from evolora.backbones.families import FAMILIES
 from evolora.backbones.processors import load_processor
+from evolora.backbones.qformer import MODEL_TYPES
 from evolora.errors import ConfigError, DataError, suggest
 from evolora.registry import BACKBONES
 
@@ -25,9 +26,12 @@ HUB_SECONDS = 5.0
 """How long to wait for the hub to answer."""
 
 
+WRITING = (*FAMILIES, *MODEL_TYPES)
+"""``model_type`` of models that write."""
 AUTO = "auto"
 """The type of a backbone that goes by its model: ViLT is "vilt", a model of
-:mod:`evolora.backbones.families` "image-text", all else a "dual-encoder"."""
+:mod:`evolora.backbones.families` "image-text", BLIP-2 or InstructBLIP a "qformer", all else a
+"dual-encoder"."""
 
 
 def load_dual_encoder(name_or_path: str, *, revision: str | None = None) -> DualEncoder:
@@ -44,6 +48,7 @@ def wrap_model(
     name: str = "",
     type: str = AUTO,
     text_length: int | None = None,
+    modalities: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """Return the backbone of a ``transformers`` model.
 
@@ -55,6 +60,7 @@ def wrap_model(
         type: registered name (``evolora ls backbones``), or "auto".
         text_length: see :class:`evolora.backbones.vilt.Vilt` and
             :class:`evolora.backbones.image_text.ImageText`; other types have no such option.
+        modalities: see :class:`evolora.backbones.qformer.QFormer`, which alone takes some.
 
     Raises:
         ConfigError: the type is unknown or not the model's, or has no such option.
@@ -62,15 +68,16 @@ def wrap_model(
     if type == AUTO:
         inner: Any = getattr(model, "vilt", model)
         kind = getattr(getattr(inner, "config", None), "model_type", "")
+        others = {"vilt": "vilt", **dict.fromkeys(MODEL_TYPES, "qformer")}
         writes = "image-text" if kind in FAMILIES else "dual-encoder"
-        type = "vilt" if kind == "vilt" else writes
+        type = others.get(kind, writes)
     build = BACKBONES.get(type)
-    if text_length is None:
-        backbone: Backbone = build(model, processor, name=name)
-    elif "text_length" in inspect.signature(build).parameters:
-        backbone = build(model, processor, name=name, text_length=text_length)
-    else:
-        raise ConfigError(f"text_length: a backbone of type {type!r} has no such option")
+    options = {"text_length": text_length, "modalities": modalities or None}
+    given = {name: value for name, value in options.items() if value is not None}
+    for option in given:
+        if option not in inspect.signature(build).parameters:
+            raise ConfigError(f"{option}: a backbone of type {type!r} has no such option")
+    backbone: Backbone = build(model, processor, name=name, **given)
     return backbone
 
 
@@ -80,6 +87,7 @@ def load_backbone(
     revision: str | None = None,
     type: str = AUTO,
     text_length: int | None = None,
+    modalities: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """Return a backbone from a hub name, a local folder or an embedded name.
 
@@ -90,6 +98,7 @@ def load_backbone(
         revision: hub revision.
         type: see :func:`wrap_model`.
         text_length: see :func:`wrap_model`.
+        modalities: see :func:`wrap_model`.
 
     Raises:
         DataError: nothing loadable is there; says where it looked.
@@ -116,7 +125,9 @@ def load_backbone(
         first = (str(error).strip() or error.__class__.__name__).splitlines()[0]
         raise DataError(f"no backbone {name_or_path!r}: looked in {looked} ({first})") from error
     name = str(Path(name_or_path)) if Path(name_or_path).exists() else name_or_path
-    return wrap_model(model, processor, name=name, type=type, text_length=text_length)
+    return wrap_model(
+        model, processor, name=name, type=type, text_length=text_length, modalities=modalities
+    )
 
 
 def _load(where: str, revision: str | None) -> tuple[nn.Module, Any]:
@@ -139,7 +150,7 @@ def _from_pretrained(where: str, revision: str | None) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
     kind = AutoConfig.from_pretrained(where, revision=revision).model_type
-    load_model: Any = AutoModelForImageTextToText if kind in FAMILIES else AutoModel
+    load_model: Any = AutoModelForImageTextToText if kind in WRITING else AutoModel
     model, found = load_model.from_pretrained(
         where, revision=revision, dtype=torch.float32, output_loading_info=True
     )

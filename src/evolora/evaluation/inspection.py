@@ -9,20 +9,20 @@ from the shapes (two per multiply-add of the experts that answer one row).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evolora.allocation.value import FILE as ALLOCATION
 from evolora.allocation.value import Allocation
 from evolora.assets import ROOT, embedded_backbone
 from evolora.backbones.base import Backbone
-from evolora.backbones.families import FAMILIES
-from evolora.backbones.loading import AUTO, wrap_model
+from evolora.backbones.loading import AUTO, WRITING, wrap_model
 from evolora.backbones.shapes import ShapeModel
 from evolora.config import BackboneConfig, RunConfig, build_method, load_stream, parse_config
 from evolora.errors import ConfigError, DataError
@@ -30,6 +30,7 @@ from evolora.evaluation.training_cost import TowerTraining, base_flops, training
 from evolora.methods.base import Method
 from evolora.routing.selector import AutoEncoderSelector
 from evolora.storage.files import read_json
+from evolora.streams.mcl import ORDER
 from evolora.streams.task import LabelSpace
 
 PARTS = {
@@ -44,6 +45,7 @@ PARTS = {
     ".pools.": "adapters",
     "heads.": "heads",
     "vectors.": "class_vectors",
+    "entries.": "entries",
     "tuned.": "tuned_weights",
     "elastic.": "importance",
     ".discriminator.": "discriminators",
@@ -82,6 +84,10 @@ class Inspection:
             "autoencoder", and everything "stored".
         trainable: values that train, per task in order; for activate-freeze an upper bound, since
             which experts a task freezes is only known from its data.
+        trainable_parts: the same by part, those of the selector left out.
+        full_tuning: values that would train per task if what experts stand in did, where the method
+            tells it; else 0.
+        saved: share of these that the method does not train, per task; None where nothing does.
         stored_bytes: float32 bytes after the last task, per task in order.
         flops: tower -> {"base", "experts"} for one row.
         training: tower -> how deep gradients go and what a training step costs for one row.
@@ -97,6 +103,9 @@ class Inspection:
     parameters: Mapping[str, int]
     totals: Mapping[str, int]
     trainable: list[int]
+    trainable_parts: list[Mapping[str, int]]
+    full_tuning: list[int]
+    saved: list[float | None]
     stored_bytes: list[int]
     flops: Mapping[str, Mapping[str, int]]
     training: Mapping[str, TowerTraining]
@@ -142,10 +151,15 @@ def _inspect(config: RunConfig, labels: list[LabelSpace]) -> Inspection:
     method = build_method(config.method, backbone, seed=config.seed)
     trainable, stored = [], []
     writes = backbone.answers == "text"  # how many classes there are says nothing then
-    for index, space in enumerate(labels):
-        method.begin_task(f"task {index}", LabelSpace.of_texts() if writes else space)
+    full: list[int] = []
+    trained: list[Mapping[str, int]] = []
+    for index, (space, modalities) in enumerate(zip(labels, _modalities(config), strict=False)):
+        method.begin_task(f"task {index}", LabelSpace.of_texts() if writes else space, modalities)
         method.preview(index, None)
         trainable.append(_trainable(method))
+        trained.append(_counted(method, method.trainable()))
+        entries = method.entries
+        full.append(entries.full_tuning(method.task_modalities, index) if entries else 0)
         if not method.joint:
             method.finish_task()
         stored.append(4 * sum(_parts(method).values()))
@@ -166,6 +180,11 @@ def _inspect(config: RunConfig, labels: list[LabelSpace]) -> Inspection:
         parameters=parts,
         totals=_totals(method, parts),
         trainable=trainable,
+        trainable_parts=trained,
+        full_tuning=full,
+        saved=[
+            1 - own / all if own and all else None for own, all in zip(trainable, full, strict=True)
+        ],
         stored_bytes=stored,
         flops=flops,
         training=training_cost(method, backbone, {t: c["experts"] for t, c in flops.items()}),
@@ -198,11 +217,17 @@ def meta_backbone(wanted: BackboneConfig) -> Backbone:
         raise DataError(
             f"no configuration of backbone {name!r} (embedded shapes: {known})"
         ) from error
-    writes = config.model_type in FAMILIES
+    writes = config.model_type in WRITING
     build: Any = (AutoModelForImageTextToText if writes else AutoModel).from_config
     with torch.device("meta"):
         model: nn.Module = build(config)
-    return wrap_model(model, name=name, type=wanted.type, text_length=wanted.text_length)
+    return wrap_model(
+        model,
+        name=name,
+        type=wanted.type,
+        text_length=wanted.text_length,
+        modalities=wanted.modalities,
+    )
 
 
 def _shape_table(wanted: BackboneConfig, table: Mapping[str, Any]) -> Backbone:
@@ -220,13 +245,20 @@ def _trainable(method: Method) -> int:
     return count
 
 
+def _counted(method: Method, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the values of tensors by part, those of the selector left out."""
+    parts: dict[str, int] = {}
+    marks = {**method.counted_as, **PARTS}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not name.startswith("selector."):
+            part = next((p for mark, p in marks.items() if mark in name), "other")
+            parts[part] = parts.get(part, 0) + tensor.numel()
+    return parts
+
+
 def _parts(method: Method) -> dict[str, int]:
     """Return stored values by part; sums that the literature quotes are included by name."""
-    parts: dict[str, int] = {}
-    for name, tensor in method.stored().items():
-        if tensor.is_floating_point() and not name.startswith("selector."):
-            part = next((p for mark, p in PARTS.items() if mark in name), "other")
-            parts[part] = parts.get(part, 0) + tensor.numel()
+    parts = _counted(method, method.stored())
     if isinstance(method.selector, AutoEncoderSelector):
         one = method.selector.bank.parameters_per_task()
         parts["autoencoders"] = one * len(method.labels)
@@ -264,6 +296,14 @@ def _sites(method: Method, backbone: Backbone) -> list[SiteCost]:
     return sites
 
 
+def _modalities(config: RunConfig) -> Iterator[tuple[str, ...]]:
+    """Yield the modalities of each task, as far as the configuration says; then none for ever."""
+    if config.stream["name"] == "mcl":
+        for name in config.stream.get("order", ORDER):
+            yield (name,)
+    yield from repeat(())
+
+
 def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
     """Return a label space per task: of the published counts where the data need not be there."""
     from evolora.streams.cmml import BENCHMARKS
@@ -281,6 +321,8 @@ def _label_spaces(config: RunConfig, tasks: int | None) -> list[LabelSpace]:
         order = config.stream.get("order", "I")
         names = ORDERS[order] if isinstance(order, str) else order
         counts = [CLASS_COUNTS[task] for task in names]
+    elif name == "mcl":
+        return [LabelSpace.of_texts() for _ in config.stream.get("order", ORDER)]
     elif name == "class-incremental":
         counts = [1] * (int(config.stream["steps"]) + bool(config.stream.get("base_classes")))
     elif name in BENCHMARKS:

@@ -68,6 +68,20 @@ DEFINITIONS: dict[str, str] = {
         "Last (RebQ, DeLo): the score on the last task alone, after it was learned. Not ZSCL's "
         "Last, which is the mean over all tasks."
     ),
+    "mcl_t": (
+        "T (PathWeave: continual learning of modalities; our reading): the score on each new "
+        "modality when it was just learned; the mean. The first task is what the base model knows "
+        "and does not count."
+    ),
+    "mcl_f": (
+        "F (PathWeave; our reading): after each new modality, the mean over earlier ones of the "
+        "score when it was just learned minus the score now; then the mean over stages. Negative "
+        "is gain."
+    ),
+    "mcl_f_relative": (
+        "F as a share: each loss divided by the score when it was just learned. None where that "
+        "was 0."
+    ),
     "zero_shot": "The mean score over all tasks before any learning.",
     "zero_shot_transfer": (
         "The mean score before any learning over all tasks but the first: the Transfer of a model "
@@ -249,6 +263,36 @@ def last_cmml(values: ArrayLike) -> Score:
     return _mean(_square(values)[-1:, -1])
 
 
+def new_modalities(values: ArrayLike) -> tuple[Score, ...]:
+    """Return T_m = S[m, m] of each stage but the first, (T-1,).
+
+    Task 0 is the modality that the base model knows, S[0, 0] its score before any other is learned.
+
+    Source: the two numbers are those of Yu et al., "LLMs Can Evolve Continually on Modality for
+    X-Modal Reasoning" (PathWeave), NeurIPS 2024, arXiv 2410.20178; these formulas are ours.
+    """
+    matrix = _square(values)
+    return tuple(_mean(matrix[m : m + 1, m]) for m in range(1, len(matrix)))
+
+
+def forgetting_of_stages(values: ArrayLike, *, relative: bool = False) -> tuple[Score, ...]:
+    """Return F_m = 1/m sum_{i<m} (S[i, i] - S[m, i]) of each stage but the first, (T-1,).
+
+    With ``relative`` each difference is divided by S[i, i]; None where one of them is 0. Source and
+    task 0: as for :func:`new_modalities`.
+    """
+    matrix = _square(values)
+    learned = matrix.diagonal()
+    found: list[Score] = []
+    for m in range(1, len(matrix)):
+        lost = learned[:m] - matrix[m, :m]
+        if relative and (learned[:m] == 0).any():
+            found.append(None)
+            continue
+        found.append(_mean(lost / learned[:m] if relative else lost))
+    return tuple(found)
+
+
 def summary(matrix: Matrix) -> dict[str, Score]:
     """Return every metric of `DEFINITIONS` by name, as fractions; None where a cell is missing."""
     values, baseline = matrix.values, matrix.baseline
@@ -266,6 +310,9 @@ def summary(matrix: Matrix) -> dict[str, Score]:
         "cmml_ap": ap_cmml(values),
         "cmml_fg": fg_cmml(values),
         "cmml_last": last_cmml(values),
+        "mcl_t": _mean_of(new_modalities(values)),
+        "mcl_f": _mean_of(forgetting_of_stages(values)),
+        "mcl_f_relative": _mean_of(forgetting_of_stages(values, relative=True)),
         "zero_shot": None if baseline is None else _mean(baseline),
         "zero_shot_transfer": None if baseline is None else _mean(baseline[1:]),
     }

@@ -43,8 +43,13 @@ class Evaluation:
 
 
 def cases(batch: Batch) -> Tensor:
-    """Return the missing code of each row, (b,): 0 complete, 1 without text, 2 without image."""
+    """Return the missing code of each row, (b,): 0 complete, 1 without text, 2 without image.
+
+    Where there are other modalities too, having one of them is no lack of the others.
+    """
     codes = torch.zeros(len(batch), dtype=torch.long)
+    if set(batch.present) - set(LOST.values()):
+        return codes
     for code, name in LOST.items():
         if name in batch.present:
             codes[~batch.present[name].cpu()] = code

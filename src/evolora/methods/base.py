@@ -20,12 +20,13 @@ from evolora.allocation.allocator import Allocator
 from evolora.allocation.sample import TaskSamples
 from evolora.allocation.value import Allocation
 from evolora.backbones.base import Backbone, Batch, Encoded, TextBackbone, check_labels, prompts_of
-from evolora.errors import ConfigError
 from evolora.experts.prompts import PromptLayer
 from evolora.experts.sites import ExpertLayer, Site
 from evolora.experts.usage import UsageCounter
 from evolora.methods.answers import Objective, Prediction, Written, answer_limit
-from evolora.methods.heads import TaskHeads
+from evolora.methods.entries import entries_of
+from evolora.methods.fitness import check_backbone
+from evolora.methods.heads import heads_of
 from evolora.methods.reservoir import Reservoir
 from evolora.methods.versions import TensorVersions, digest_of
 from evolora.randomness import generator
@@ -50,9 +51,13 @@ class Method(nn.Module):
         needs_prompts: True answers by class-name prompts alone, which not every backbone has.
         writes: True also trains a model that writes its answers (:class:`TextBackbone`).
         needs_one_stream: True works on image and text in one sequence alone, as in ViLT.
+        needs_modalities: True works where modalities are plugged in alone, as in a Q-Former.
+        trains: False learns nothing at all.
+        counted_as: mark in a tensor's name -> part that ``evolora inspect`` counts it under.
 
     Attributes:
         heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
+        entries: how plugged modalities enter a Q-Former; None where there are none.
         head_mode: which heads answer: that of the "selected" task, or those of "all_seen" tasks.
             Methods that know no task ask all of them.
         query_feature: feature of the untouched model that routes carry as ``queries``, or None.
@@ -73,22 +78,13 @@ class Method(nn.Module):
     needs_prompts: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     needs_one_stream: ClassVar[bool] = False
+    needs_modalities: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    counted_as: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
-        if self.needs_prompts and backbone.answers == "heads":
-            raise ConfigError(
-                f"{config.type} answers by class-name prompts; {type(backbone).__name__} has none"
-            )
-        if backbone.answers == "text" and not self.writes:
-            raise ConfigError(
-                f"{config.type} learns classes; {type(backbone).__name__} writes its answers"
-            )
-        if self.needs_one_stream and not backbone.one_stream:
-            raise ConfigError(
-                f"{config.type} needs image and text in one sequence, as in ViltModel; "
-                f"{type(backbone).__name__} runs them apart or has one only"
-            )
+        check_backbone(self, config, backbone)
         self.config = config
         self.backbone = backbone
         self.seed = seed
@@ -96,9 +92,9 @@ class Method(nn.Module):
         self.selector: Selector = AlwaysSelector(BASE)
         self.labels: list[LabelSpace] = []
         self.task_names: list[str] = []
-        self.heads: TaskHeads | None = None
-        if backbone.answers == "heads":
-            self.heads = TaskHeads(backbone.parts, self.labels, device=backbone.device)
+        self.task_modalities: list[tuple[str, ...]] = []
+        self.heads = heads_of(backbone, self.labels)
+        self.entries = entries_of(backbone, seed=seed) if self.trains else None
         self.head_mode: HeadMode = "selected"
         self.query_feature: str | None = None
         self.reservoir: Reservoir | None = None
@@ -112,15 +108,19 @@ class Method(nn.Module):
 
     # -- learning --------------------------------------------------------------------------------
 
-    def begin_task(self, name: str, labels: LabelSpace) -> None:
+    def begin_task(self, name: str, labels: LabelSpace, modalities: Sequence[str] = ()) -> None:
         """Take up a new task: allocate its experts, trainable."""
         check_labels(self.backbone, labels)
+        del self.task_modalities[len(self.labels) :]  # of a task that broke off
         self.task_names.append(name)
         self.labels.append(labels)
+        self.task_modalities.append(tuple(modalities))
         task = len(self.labels) - 1
         if self.heads is not None:
             draw = generator(self.seed, "head", task)
             self.heads.add(labels, draw, freeze=not self.joint and self.reservoir is None)
+        if self.entries is not None:
+            self.entries.begin(self.task_modalities, freeze=not self.joint)
         self.allocate(task)
         if self.backbone.device.type != "meta":  # counting on shapes keeps its indices on the CPU
             self.to(self.backbone.device)

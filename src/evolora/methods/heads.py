@@ -9,6 +9,7 @@ A part is zero where the sample lacks its modality; each task has a learned null
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 from evolora.errors import ConfigError
 from evolora.experts.bank import GrowingStack
 from evolora.streams.task import LabelSpace
+
+if TYPE_CHECKING:
+    from evolora.backbones.base import Backbone
 
 
 class TaskHeads(nn.Module):
@@ -120,3 +124,10 @@ class TaskHeads(nn.Module):
                 f"learned heads for {', '.join(have[:10])}{' ...' if len(have) > 10 else ''}"
             )
         return result
+
+
+def heads_of(backbone: Backbone, spaces: Sequence[LabelSpace]) -> TaskHeads | None:
+    """Return heads without a task for a backbone that answers by them, else None."""
+    if backbone.answers != "heads":
+        return None
+    return TaskHeads(backbone.parts, spaces, device=backbone.device)

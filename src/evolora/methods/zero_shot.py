@@ -30,4 +30,5 @@ class ZeroShot(Method):
 
     config_class = ZeroShotConfig
     needs_prompts = True
+    trains = False
     writes = True

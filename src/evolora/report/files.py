@@ -56,6 +56,7 @@ class RunFile(_Known):
     started: str
     seconds: float = Field(ge=0)
     history: tuple[Step, ...]
+    backbone: dict[str, Any] = Field(default_factory=dict)
 
 
 class AfterTask(_Known):

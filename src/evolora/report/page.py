@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from evolora.evaluation.metrics import DEFINITIONS
-from evolora.report import answers, figures, missing, robustness, svg
+from evolora.report import answers, figures, missing, modalities, robustness, svg
 from evolora.report.parts import cell, framed, heading, legend, page
 from evolora.report.records import RunRecord
 from evolora.report.tables import (
@@ -94,6 +94,7 @@ def _sections(comparison: Comparison, *, alone: bool) -> list[str]:
         _table(comparison),
         *answers.section(comparison),
         *missing.section(comparison),
+        *modalities.section(comparison),
         *robustness.section(comparison),
         "<h2>Accuracy after every task</h2>",
         "<p>Rows: after learning that task. Columns: tested on that task. Below the outlined "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -55,6 +55,8 @@ class Route:
             at every site; None where they read hidden states.
         stage: which of a method's passes over the samples this is; "" is the one that answers.
         decisions: those made on a prompt that is being answered; None where a row is run once.
+        paths: modality -> experts that answer its tokens, where they go by the modality and not by
+            the row; the base answers those of one that is not named. None: the row's task does.
     """
 
     tasks: Tensor
@@ -66,6 +68,7 @@ class Route:
     queries: Tensor | None = None
     stage: str = ""
     decisions: Decisions | None = None
+    paths: Mapping[str, int] | None = None
 
     @classmethod
     def of(

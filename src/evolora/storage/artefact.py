@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from evolora.training.config import TrainingConfig
 
 FORMAT = 1
-OPTIONS = ("type", "text_length")
+OPTIONS = ("type", "text_length", "modalities")
 """What of a backbone's description decides how its model is wrapped."""
 INDEX, TENSORS, CARD = "evolora.json", "experts.safetensors", "README.md"
 
@@ -52,9 +52,12 @@ def save_artefact(learner: Learner, folder: Path) -> None:
                 "classes": list(labels.classes),
                 "templates": list(labels.templates),
                 "multi_label": labels.multi_label,
+                "modalities": list(modalities),
                 **({"max_new_tokens": labels.max_new_tokens} if labels.text else {}),
             }
-            for name, labels in zip(method.task_names, method.labels, strict=True)
+            for name, labels, modalities in zip(
+                method.task_names, method.labels, method.task_modalities, strict=True
+            )
         ],
         "tensors": {"file": TENSORS, "sha256": sha256},
         "cost": [cost.to_json() for cost in learner.costs],
@@ -96,8 +99,8 @@ def load_artefact(
     config = _method_config(index.method, folder)
     tensors = read_tensors(folder / TENSORS, sha256=index.sha256)
     learner = Learner(backbone, method=config, seed=index.seed, training=training)
-    for name, labels in index.tasks:
-        learner.method.begin_task(name, labels)
+    for name, labels, modalities in index.tasks:
+        learner.method.begin_task(name, labels, modalities)
         learner.method.finish_task()
     load_state(learner.method, tensors)
     learner.costs = list(index.costs)
@@ -111,7 +114,7 @@ class _Index:
 
     backbone: Mapping[str, Any]
     method: Mapping[str, Any]
-    tasks: tuple[tuple[str, LabelSpace], ...]
+    tasks: tuple[tuple[str, LabelSpace, tuple[str, ...]], ...]
     costs: tuple[Cost, ...]
     sha256: str
     seed: int
@@ -127,7 +130,10 @@ def _parse(record: Mapping[str, Any]) -> _Index:
             **{key: str(record["backbone"][key]) for key in ("class", "name_or_path", "sha256")},
         },
         method=dict(record["method"].items()),
-        tasks=tuple((str(task["name"]), _labels(task)) for task in record["tasks"]),
+        tasks=tuple(
+            (str(task["name"]), _labels(task), tuple(task.get("modalities", ())))
+            for task in record["tasks"]
+        ),
         costs=tuple(Cost(**cost) for cost in record["cost"]),
         sha256=str(record["tensors"]["sha256"]),
         seed=record["seed"],

@@ -95,7 +95,7 @@ def test_padding_is_no_token_of_a_model_that_writes() -> None:
     ((_, records),) = both.parts
     with records.watching():
         learner.method(batch)
-        (call,) = next(iter(records.recorder.calls.values()))
+        (call,) = next(iter(records.recorder.calls.values())).values()
     real = call.route.real(torch.empty(*call.shape, 0), answers=True)
     assert real is not None and not real.all()
     for record in records.collect():

@@ -13,7 +13,11 @@ from evolora.errors import ConfigError
 from evolora.registry import METHODS
 from evolora.streams.task import LabelSpace
 
-NAMES = [entry.name for entry in METHODS if not entry.value.needs_prompts]
+NAMES = [
+    entry.name
+    for entry in METHODS
+    if not entry.value.needs_prompts and not entry.value.needs_modalities
+]
 ONE_STREAM = [entry.name for entry in METHODS if entry.value.needs_one_stream]
 EACH = [(n, k) for n in NAMES for k in ("vilt", "clip") if k == "vilt" or n not in ONE_STREAM]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evolora.errors import ConfigError
+from evolora.randomness import generator
 from evolora.regularizers.features import Features
 from evolora.regularizers.redundancy import DOWN, OF_FEATURES, UP, Update, redundancy
 
@@ -92,7 +93,9 @@ def test_groups_share_what_their_subspaces_share(groups: int) -> None:
     expected = (table.sum() - groups) / (groups * (groups - 1))
     found = redundancy("w_cos", "down", update, groups)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
-    mixed = (torch.randn(groups, size, size, dtype=torch.float64) @ parts).reshape(6, D_IN)
+    draw = torch.randn(groups, size, size, dtype=torch.float64, generator=generator(4))
+    mixing = draw + 3.0 * torch.eye(size, dtype=torch.float64)  # far from singular
+    mixed = (mixing @ parts).reshape(6, D_IN)
     again = redundancy("w_cos", "down", Update(mixed, update.b), groups)  # the spans are the same
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=0.0)
 

@@ -50,6 +50,8 @@ from evolora.training.config import TrainingConfig
 from evolora.training.continual import ContinualRun
 from evolora.training.progress import Bar, Reporter
 
+PLUGGED = ("pathweave",)
+"""Methods that need a model which modalities are plugged into."""
 LORA: dict[str, Any] = {"r": 2, "lora_dropout": 0.1, "target_modules": ("q_proj", "fc1")}
 TOY: dict[str, Any] = {
     "moe-adapters": MoEAdaptersConfig(
@@ -120,7 +122,7 @@ def toy_run(
     backbone: Backbone
     if method in WRITING:
         backbone, tasks = writer("internvl"), written_tasks()
-    elif method == "pathweave":
+    elif method in PLUGGED:
         backbone = qformer("blip2-opt")
         tasks = tuple(modalities.task(stage, 12) for stage in ("image", "video", "audio", "pc"))
     else:

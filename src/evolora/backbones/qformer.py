@@ -40,8 +40,14 @@ from evolora.backbones.dialogue import padded_left, padded_right
 from evolora.backbones.families import LANGUAGE, PROJECTION, blocks_of
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.instructions import Instructions
-from evolora.backbones.modalities import OWN, Entry, ModalitySpec, make_modality
-from evolora.backbones.qformer_parts import QFORMER, language_states, linear_sites, shapes_of_towers
+from evolora.backbones.modalities import Entry, ModalitySpec
+from evolora.backbones.qformer_parts import (
+    QFORMER,
+    given_modalities,
+    language_states,
+    linear_sites,
+    shapes_of_towers,
+)
 from evolora.backbones.soft_prompts import token_means
 from evolora.backbones.soft_tokens import SEEN, as_long_as_others, has, prompts
 from evolora.errors import ConfigError, DataError
@@ -114,7 +120,8 @@ class QFormer(TextBackbone):
         self.specs: dict[str, ModalitySpec] = {}
         self.entries: Mapping[str, Entry] = {}
         self._plugged = ("", "")
-        self._add_all(modalities)
+        for spec in given_modalities(self, modalities):
+            self.add_modality(spec)
 
     # -- modalities ------------------------------------------------------------------------------
 
@@ -133,21 +140,6 @@ class QFormer(TextBackbone):
         self.modalities = (*self.specs, "text")
         texts = ("input_ids", "attention_mask", "answer_ids", "asked_ids", "asked_mask")
         self.input_names = (*texts, *self.specs)
-
-    def _add_all(self, given: Mapping[str, Mapping[str, Any]] | Sequence[ModalitySpec]) -> None:
-        specs = (
-            [
-                make_modality(name, options, self.model, self.processor)
-                for name, options in given.items()
-            ]
-            if isinstance(given, Mapping)
-            else list(given)
-        )
-        if OWN not in {spec.name for spec in specs}:
-            image = make_modality(OWN, {"encoder": "vision"}, self.model, self.processor)
-            specs.insert(0, replace(image, options={}))
-        for spec in specs:
-            self.add_modality(spec)
 
     def let_in(self, entries: Mapping[str, Entry]) -> None:
         """Let modalities enter by what a method has learned, where its experts answer them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from evolora.backbones.blocks import ALL_LINEAR, block_indices, linear_site
 from evolora.backbones.families import LANGUAGE, PROJECTION, linears_of
 from evolora.backbones.frozen import ModelFunction
+from evolora.backbones.modalities import OWN, ModalitySpec, make_modality
 from evolora.errors import unknown_name
 from evolora.experts.sites import Site
 
@@ -25,6 +27,24 @@ PLACES = {
     "crossattention.output": "crossattention",
 }
 """Where a Linear of a Q-Former's attention is -> the attention it is named by."""
+
+
+def given_modalities(
+    backbone: QFormer, given: Mapping[str, Mapping[str, Any]] | Sequence[ModalitySpec]
+) -> list[ModalitySpec]:
+    """Return the modalities that a user names, or gives as they are; the model's own is first.
+
+    Where the user does not name it, the artefact need not either.
+    """
+    model, processor = backbone.model, backbone.processor
+    if isinstance(given, Mapping):
+        specs = [make_modality(name, options, model, processor) for name, options in given.items()]
+    else:
+        specs = list(given)
+    if OWN in {spec.name for spec in specs}:
+        return specs
+    own = make_modality(OWN, {"encoder": "vision"}, model, processor)
+    return [replace(own, options={}), *specs]
 
 
 def linear_sites(

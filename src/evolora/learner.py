@@ -381,6 +381,7 @@ class Learner:
         *,
         classes: Sequence[str] | None = None,
         task: str | None = None,
+        **others: Any,
     ) -> list[Answer]:
         """Answer each input on its own, without being told its task (unless ``task`` tells it).
 
@@ -394,16 +395,18 @@ class Learner:
                 classes of all learned tasks.
             task: name of a learned task whose experts shall answer every image, among its classes.
                 Methods with ``routing == "oracle"`` know no task by themselves and need it.
+            **others: further modalities by name, as images are given (audio="a.wav"), where they
+                are plugged in; a tuple in a list is one input of several files (frames). There, a
+                value that is no list goes with every input, and each input needs a text.
 
         Raises:
-            DataError: nothing was given, a text where the backbone sees none, or an image cannot be
-                read (the message names it).
+            DataError: nothing was given, something that the backbone does not see or the run has
+                not learned, or a file cannot be read (the message names it).
             ConfigError: ``classes`` is no list of names, or ``task`` is not learned.
         """
         return answer_inputs(
             self.method,
-            images,
-            texts,
+            {"image": images, "text": texts, **others},
             classes=classes,
             task=task,
             batch_size=self.evaluation_batch_size,

@@ -370,19 +370,28 @@ def _print_runs(folders: Sequence[Path], as_json: bool) -> None:
     records = [RunRecord.load(folder) for folder in folders]
     if as_json:
         from evolora.evaluation.metrics import summary
+        from evolora.report.modalities import stages_json
 
         print_json(
             [
-                {"run": str(folder), "name": record.run.name, "metrics": summary(record.matrix)}
+                {
+                    "run": str(folder),
+                    "name": record.run.name,
+                    "metrics": summary(record.matrix),
+                    **({"stages": stages} if (stages := stages_json(record)) else {}),
+                }
                 for folder, record in zip(folders, records, strict=True)
             ]
         )
         return
     from rich.console import Console
 
+    from evolora.report.modalities import stage_table
     from evolora.report.tables import summary_table
 
     Console().print(summary_table(records))
+    if (stages := stage_table(records)) is not None:
+        Console().print(stages)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,8 @@ def _of_modalities(
     for name, side in listed.items():
         if len(side) not in (1, count):
             raise ConfigError(
-                f"{len(side)} files of {name} and {count} of another modality; give one of each for "
-                "every input, or one that goes with all"
+                f"{len(side)} files of {name} and {count} of another modality; give one of each "
+                "for every input, or one that goes with all"
             )
     rows = {name: [side[row % len(side)] for row in range(count)] for name, side in listed.items()}
     answers = learner.predict(

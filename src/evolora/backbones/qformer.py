@@ -43,8 +43,10 @@ from evolora.backbones.instructions import Instructions
 from evolora.backbones.modalities import Entry, ModalitySpec
 from evolora.backbones.qformer_parts import (
     QFORMER,
+    digest_with,
     given_modalities,
     language_states,
+    length_of,
     linear_sites,
     shapes_of_towers,
 )
@@ -174,6 +176,17 @@ class QFormer(TextBackbone):
         if tower == PROJECTION:
             return [model.language_projection]
         return blocks_of(model.language_model)
+
+    def tower_parameters(self, tower: str) -> list[nn.Parameter]:
+        """Return the weights of a tower, embeddings and norms outside of its blocks included."""
+        whole = {QFORMER: "qformer", PROJECTION: "language_projection", LANGUAGE: "language_model"}
+        return list(self.model.get_submodule(whole[tower]).parameters())
+
+    def stays(self, names: Sequence[str]) -> bool:
+        """Return whether these are of encoders, whose weights are the model's own."""
+        other = self._weights or ()
+        seen = all(name.startswith(SEEN) for name in names)
+        return seen and not any(name.startswith("vision_model.") for name in other)
 
     def sites(
         self,
@@ -313,8 +326,8 @@ class QFormer(TextBackbone):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what the language model makes of token ids: (..., d)."""
-        model: Any = self.model
-        found: Tensor = self.call(lambda: model.language_model.get_input_embeddings()(ids))
+        language: Any = self.model.get_submodule("language_model")
+        found: Tensor = self.call(lambda: language.get_input_embeddings()(ids))
         return found
 
     def encode(self, batch: Batch, route: Route) -> Tensor:
@@ -371,11 +384,7 @@ class QFormer(TextBackbone):
         state = self.encoders.state_dict()
         seen = f"{own}/{len(self.specs)}/{sum(value._version for value in state.values())}"
         if self._plugged[0] != seen:
-            digest = hashlib.sha256(own.encode())
-            for name, tensor in sorted(state.items()):
-                value = tensor.detach().cpu().contiguous().flatten()
-                digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
-            self._plugged = (seen, digest.hexdigest())
+            self._plugged = (seen, digest_with(own, state))
         return self._plugged[1]
 
     def describe(self) -> dict[str, Any]:
@@ -403,15 +412,7 @@ class QFormer(TextBackbone):
 
     def tokens(self, tower: str) -> int:
         """Return the length of a full sequence of a tower; "vision" is the model's encoder."""
-        number = int(self.queries.shape[0])
-        if tower == "vision":
-            vision = self.config.vision_config
-            count: int = (int(vision.image_size) // int(vision.patch_size)) ** 2 + 1
-            return count
-        if tower == LANGUAGE:
-            return self.text_length
-        asked = self.instructions.asked_limit if self.asks and tower == QFORMER else 0
-        return number + asked
+        return length_of(self, tower)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model and the encoders; the weights stay the same."""

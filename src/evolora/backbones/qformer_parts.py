@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,15 @@ def given_modalities(
         return specs
     own = make_modality(OWN, {"encoder": "vision"}, model, processor)
     return [replace(own, options={}), *specs]
+
+
+def digest_with(own: str, plugged: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a model's own digest and the weights of what is plugged into it."""
+    digest = hashlib.sha256(own.encode())
+    for name, tensor in sorted(plugged.items()):
+        value = tensor.detach().cpu().contiguous().flatten()
+        digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def linear_sites(
@@ -114,6 +124,18 @@ def shapes_of_towers(backbone: QFormer) -> dict[str, tuple[ModelFunction, dict[s
         QFORMER: (model.qformer.forward, inputs),
         LANGUAGE: (reader.forward, {"inputs_embeds": prompt}),
     }
+
+
+def length_of(backbone: QFormer, tower: str) -> int:
+    """Return the length of a full sequence of a tower; "vision" is the model's encoder."""
+    if tower == "vision":
+        vision = backbone.config.vision_config
+        count: int = (int(vision.image_size) // int(vision.patch_size)) ** 2 + 1
+        return count
+    if tower == LANGUAGE:
+        return backbone.text_length
+    reads = backbone.asks and tower == QFORMER
+    return int(backbone.queries.shape[0]) + (backbone.instructions.asked_limit if reads else 0)
 
 
 def language_states(backbone: QFormer, embeds: Tensor, mask: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class Evaluation:
         normalised: accuracy of generated answers whatever their form, see
             :mod:`evolora.evaluation.answers.formats`; None as above and where the metric is not
             exact.
+        questions, captions: where modalities are plugged in: exact match over the short answers,
+            and CIDEr-D over the captions, in [0, 10]; None where there are none, or too few.
     """
 
     score: float
@@ -40,6 +42,8 @@ class Evaluation:
     by_case: Mapping[str, float]
     following: float | None = None
     normalised: float | None = None
+    questions: float | None = None
+    captions: float | None = None
 
 
 def cases(batch: Batch) -> Tensor:

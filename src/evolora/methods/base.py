@@ -147,6 +147,10 @@ class Method(nn.Module):
         """Return the index under which a data task's experts are routed (methods may share one)."""
         return task
 
+    def sources(self, task: int) -> tuple[str, ...]:
+        """Return whose experts a learned gate mixes for a task, its own last; empty: no gate."""
+        return ()
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss": total, ...named terms} of a training batch of the current task."""
         assert batch.task is not None

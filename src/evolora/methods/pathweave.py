@@ -177,6 +177,13 @@ class PathWeave(Method):
                 layer.inner.grow(path, draw, start=start, std=BERT_STD)
         self._set_faults()
 
+    def sources(self, task: int) -> tuple[str, ...]:
+        """Return the modalities whose adapters the gate of a task's path mixes, its own last."""
+        new = new_in(self.task_modalities, task)
+        known = self.paths[: self.paths.index(new[0]) + 1] if new else []
+        mixed = self.config.reuse and self.config.mixture == "gate" and len(known) > 1
+        return tuple(known) if mixed else ()
+
     def finish_task(self) -> None:
         """Freeze the path for good, but for in-adapters that paths share."""
         shared = {id(stack) for stack in self._shared_stacks()}

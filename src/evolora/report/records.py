@@ -128,7 +128,9 @@ class RunRecord:
         """Return task -> share of answers in the demanded format, or accuracy whatever it is."""
         return dict(getattr(self.end, what)) if self.end else {}
 
-    def fresh(self, what: Literal["following", "normalised"]) -> dict[str, float]:
+    def fresh(
+        self, what: Literal["following", "normalised", "questions", "captions"]
+    ) -> dict[str, float]:
         """Return the same of each task when it was just learned."""
         after = self.routing.after if self.routing else ()
         found = {one.task: getattr(one, what).get(one.task) for one in after}

@@ -14,6 +14,7 @@ from evolora.evaluation.answers.formats import (
     follows,
     normalised_match,
 )
+from evolora.registry import ANSWER_METRICS
 from evolora.streams.missing import CODE_NAMES, COMPLETE
 
 
@@ -35,6 +36,8 @@ class Answered:
 
 
 Gather = Callable[[list[Answered]], list[Answered]]
+CAPTION_WORDS = 3
+"""Words that an answer has at least, to be a caption; PathWeave's questions ask for one or two."""
 
 
 class AnswerTally:
@@ -115,6 +118,20 @@ class AnswerTally:
         right = [normalised_match(self.formats, one.prediction, one.references) for one in answered]
         return math.fsum(right) / len(right)
 
+    def part(self, metric: str, *, captions: bool) -> float | None:
+        """Return a metric's mean over the captions, or over the rest; None where it tells nothing.
+
+        An answer is a caption where all that is accepted has ``CAPTION_WORDS`` words or more. One
+        caption alone is no corpus.
+        """
+        judge: AnswerMetric = ANSWER_METRICS.get(metric)
+        chosen = [one for one in self.answered() if _is_caption(one.references) == captions]
+        if len(chosen) < (2 if captions else 1):
+            return None
+        return judge.score(
+            [one.prediction for one in chosen], [one.references for one in chosen]
+        ).mean
+
     def answered(self) -> list[Answered]:
         """Return the answers in the order of the test set."""
         return [self._answered[row] for row in sorted(self._answered)]
@@ -127,3 +144,7 @@ class AnswerTally:
 
     def _enter(self, one: Answered) -> None:
         self._answered.setdefault(one.row, one)
+
+
+def _is_caption(references: References) -> bool:
+    return all(len(text.split()) >= CAPTION_WORDS for text in references)

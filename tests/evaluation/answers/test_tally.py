@@ -64,3 +64,22 @@ def test_a_batch_that_does_not_fit_and_an_empty_tally_are_refused() -> None:
         tally.add([0, 1], ["a"], [["a"], ["b"]])
     with pytest.raises(DataError, match="no answers to judge"):
         tally.score()
+
+
+def test_captions_and_short_answers_are_judged_apart() -> None:
+    tally = AnswerTally(ANSWER_METRICS.get("exact-match"))
+    answers = [
+        ("chair", ("chair",)),
+        ("a red chair", ("chair", "a red chair")),  # one word is accepted: a short answer
+        ("table", ("chair",)),
+        ("a red chair turning left .", ("a red chair turning left .",)),
+    ]
+    tally.add(range(4), [said for said, _ in answers], [right for _, right in answers])
+    assert tally.part("exact-match", captions=False) == pytest.approx(2 / 3)
+    assert tally.part("cider-d", captions=True) is None, "one caption is no corpus"
+    tally.add([4], ["a blue table"], [("a green lamp going away .",)])
+    own = ANSWER_METRICS.get("cider-d")
+    pairs = [*answers[3:], ("a blue table", ("a green lamp going away .",))]
+    alone = own.score([said for said, _ in pairs], [right for _, right in pairs]).mean
+    assert tally.part("cider-d", captions=True) == pytest.approx(alone) and alone > 4.0
+    assert AnswerTally(own).part("cider-d", captions=True) is None

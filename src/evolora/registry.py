@@ -145,8 +145,17 @@ REGULARIZERS: Registry[Any] = Registry(
     kind="regularizer",
     modules=("evolora.regularizers.resora",),
 )
-ENCODERS: Registry[Any] = Registry(kind="encoder", modules=("evolora.backbones.modalities",))
-"""Encoders of modalities of a Q-Former, see that module."""
+ENCODERS: Registry[Any] = Registry(
+    kind="encoder",
+    modules=(
+        "evolora.backbones.encoders.depth",
+        "evolora.backbones.encoders.features",
+        "evolora.backbones.encoders.pointnet",
+        "evolora.backbones.encoders.vision",
+        "evolora.backbones.encoders.whisper",
+    ),
+)
+"""Encoders of modalities of a Q-Former, see :mod:`evolora.backbones.modalities`."""
 ANSWER_METRICS: Registry[Any] = Registry(
     kind="metric",
     modules=(

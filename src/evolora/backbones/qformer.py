@@ -219,7 +219,8 @@ class QFormer(TextBackbone):
     ) -> Mapping[str, Tensor]:
         """Return what each modality's ``read`` gives, and tokens: "text", "asked", "answer".
 
-        Tokens of a sample without text are called "prompt". Nothing is augmented.
+        Tokens of a sample without text are called "prompt". With ``draw``, a modality is augmented
+        where its specification says how.
         """
         self.check_modalities(example)
         found = self.instructions.prompt(example)
@@ -232,6 +233,8 @@ class QFormer(TextBackbone):
                     prepared[modality] = spec.read(example.inputs[modality])
                 except DataError as error:
                     raise DataError(f"sample {example.key!r}: {error}") from error
+                if draw is not None and spec.augment is not None:
+                    prepared[modality] = spec.augment(prepared[modality], draw)
         answer = self.instructions.answer(example)
         return prepared if answer is None else {**prepared, "answer": answer}
 

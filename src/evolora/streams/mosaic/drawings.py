@@ -42,12 +42,14 @@ class EmojiTable:
     names: dict[str, tuple[str, str]]  # squashed spelling -> (label, group)
     countries: dict[str, str]  # ISO code or squashed spelling -> country name
     codes: dict[str, tuple[str, str]]  # hexcode -> (label, group)
+    subgroups: dict[str, tuple[str, str]]  # hexcode -> (label, subgroup)
 
 
 def emoji_table(cache: Path | None) -> EmojiTable:
     """Returns labels and groups of emojibase; a shortcode counts where only one emoji has it."""
     root = fetch("emojibase", cache) / "package"
-    groups = json.loads((root / "meta" / "groups.json").read_text())["groups"]
+    listed = json.loads((root / "meta" / "groups.json").read_text())
+    groups, subgroups = listed["groups"], listed.get("subgroups", {})
     entries = [e for e in json.loads((root / "en" / "data.json").read_text()) if "group" in e]
     names: dict[str, tuple[str, str]] = {}
     spellings: dict[str, set[str]] = defaultdict(set)
@@ -65,7 +67,11 @@ def emoji_table(cache: Path | None) -> EmojiTable:
         owners = {by_code[code] for code in codes if code in by_code}
         if len(owners) == 1:
             names.setdefault(spelling, owners.pop())
-    return EmojiTable(names, _countries(entries), by_code)
+    parts = {
+        entry["hexcode"]: (entry["label"], subgroups.get(str(entry.get("subgroup")), ""))
+        for entry in entries
+    }
+    return EmojiTable(names, _countries(entries), by_code, parts)
 
 
 def _countries(entries: Iterable[dict[str, Any]]) -> dict[str, str]:

@@ -44,12 +44,37 @@ class Source:
         return f"{self.package}_*.deb"
 
 
+# recorded instruments of the tonejs-instruments packages -> version
+TONES: dict[str, str] = {
+    "flute": "1.1.2",
+    "guitar-acoustic": "1.1.2",
+    "guitar-electric": "1.1.1",
+    "guitar-nylon": "1.1.1",
+    "harp": "1.1.1",
+    "organ": "1.1.1",
+    "piano": "1.1.2",
+    "saxophone": "1.1.2",
+    "trumpet": "1.1.2",
+    "tuba": "1.1.2",
+    "violin": "1.1.1",
+    "xylophone": "1.1.2",
+}
+
 SOURCES: dict[str, Source] = {
     "iconify": Source(
         client="npm", package="@iconify/json", version="2.2.535", licence="per set, see LICENSES.md"
     ),
     "fluent-emoji-3d": Source(
         client="npm", package="@lobehub/fluent-emoji-3d", version="1.1.0", licence="MIT"
+    ),
+    "fluent-anim-1": Source(
+        client="npm", package="@lobehub/fluent-emoji-anim-1", version="1.0.0", licence="MIT"
+    ),
+    "fluent-anim-2": Source(
+        client="npm", package="@lobehub/fluent-emoji-anim-2", version="1.0.0", licence="MIT"
+    ),
+    "scsynth-samples": Source(
+        client="npm", package="supersonic-scsynth-samples", version="0.84.2", licence="CC0-1.0"
     ),
     "emojibase": Source(client="npm", package="emojibase-data", version="17.0.0", licence="MIT"),
     "mdi": Source(client="npm", package="@mdi/svg", version="7.4.47", licence="Apache-2.0"),
@@ -70,6 +95,15 @@ SOURCES: dict[str, Source] = {
     "dejavu-core": Source(client="apt", package="fonts-dejavu-core", licence="Bitstream-Vera"),
     "dejavu-extra": Source(client="apt", package="fonts-dejavu-extra", licence="Bitstream-Vera"),
     "unifont": Source(client="apt", package="fonts-unifont", licence="OFL-1.1"),
+    **{
+        f"tone-{name}": Source(
+            client="npm",
+            package=f"tonejs-instrument-{name}-mp3",
+            version=version,
+            licence="CC-BY-3.0",
+        )
+        for name, version in TONES.items()
+    },
 }
 
 

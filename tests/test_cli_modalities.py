@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save(place / f"p{number}.npy", draw.normal(size=(1, 1, 12)).astype(np.float32))
     files: dict[str, Any] = {
         "image": ["../../0.png", "../../1.png"],
-        "video": [["../../0.png", "../../1.png"], "../../2.png"],
+        "video": [["../../0.png", "../../1.png"], ["../../2.png"]],
         "audio": ["../../a0.npy", "../../a1.npy"],
         "pc": ["../../p0.npy", "../../p1.npy"],
     }
@@ -83,7 +83,8 @@ def test_each_modality_is_answered_on_its_own_path(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sound, cloud, picture = (str(folder / name) for name in ("a2.npy", "p2.npy", "2.png"))
-    given = {"audio": sound, "points": cloud, "image": picture, "video": picture}
+    frames = f"{picture},{folder / '0.png'}"
+    given = {"audio": sound, "points": cloud, "image": picture, "video": frames}
     for option, file in given.items():
         (found,) = asked(capsys, folder, f"--{option}", file, QUESTION)
         name = "pc" if option == "points" else option
@@ -142,6 +143,7 @@ def test_faults_are_one_line_that_says_what_is_known(
         (("--audio", sound), f"what is asked about {sound}? Give the question last"),
         ((QUESTION,), "there is nothing to be asked about: give a file"),
         (("--audio", picture, QUESTION), picture),
+        (("--video", sound, QUESTION), f"{Path(sound).name} is an array; video takes videos"),
         (("--image", sound, QUESTION), sound),
         (("--audio", sound, "gone.png"), "no file 'gone.png'"),
         (("--audio", sound, "what", QUESTION), "no file 'what'; one question is asked at a time"),

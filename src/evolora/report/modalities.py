@@ -44,7 +44,7 @@ def section(comparison: Comparison) -> list[str]:
     stages = comparison.tasks[1:]
     if not groups or not stages:
         return []
-    heads = "".join(f"<th>{name}</th>" for name in ("Method", "Stage", *COLUMNS))
+    heads = "".join(f"<th>{name}</th>" for name in ("Stage", *COLUMNS))
     rows = "".join(_rows(group, stages) for group in groups)
     return [
         "<h2>Modality after modality</h2>",
@@ -86,12 +86,11 @@ def stages_json(record: RunRecord) -> list[dict[str, float | str | None]]:
 
 
 def _rows(group: Group, stages: Sequence[str]) -> str:
-    lines = []
+    lines = [f'<tr><th colspan="{1 + len(COLUMNS)}">{escape(group.label)}</th></tr>']
     for stage, name in enumerate(stages, 1):
         values = _values(group, stage)
-        label = f'<th rowspan="{len(stages)}">{escape(group.label)}</th>' if stage == 1 else ""
         cells = "".join(_cell(column, values[column]) for column in COLUMNS)
-        lines.append(f"<tr>{label}<td>{escape(name)}</td>{cells}</tr>")
+        lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
     return "".join(lines)
 
 
@@ -154,7 +153,7 @@ def _drawn(groups: Sequence[Group]) -> list[str]:
                 f"{escape(name)} {percent(mean)}" for name, mean in zip(paths, means, strict=True)
             )
             lines.append(
-                f"<tr><th>{escape(group.label)}</th><td>{escape(stage)}</td><td>{said}</td>"
+                f"<tr><td>{escape(group.label)}: {escape(stage)}</td><td>{said}</td>"
                 f"<td>{100 / len(paths):.1f}</td></tr>"
             )
     if not figures:
@@ -164,7 +163,7 @@ def _drawn(groups: Sequence[Group]) -> list[str]:
         f"<p>{DRAWN}</p>",
         scale(),
         framed(figures),
-        '<div class="scroll"><table><thead><tr><th>Method</th><th>Stage</th>'
+        '<div class="scroll"><table><thead><tr><th>Stage</th>'
         "<th>Mean over layers</th><th>Each, if nothing was learned (%)</th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>",
     ]

@@ -112,7 +112,7 @@ def test_a_run_keeps_them_with_questions_captions_and_what_full_tuning_costs(
         None, None, ["video", "audio"], ["video", "audio", "pc"],
     ]  # fmt: skip
     for entry in after:
-        assert set(entry["questions"]) == set(STAGES) and "captions" not in entry
+        assert "captions" not in entry, "nothing asks for a sentence"
         for shares in entry.get("sources", {"sites": {}})["sites"].values():
             assert sum(shares) == pytest.approx(1.0, abs=1e-5)
     history = json.loads((folder / "run.json").read_text())["history"]

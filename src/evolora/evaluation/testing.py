@@ -48,7 +48,6 @@ def judge_texts(learner: Learner, task: Task) -> Evaluation:
         DataError: a test sample has no answer.
     """
     tally = AnswerTally(ANSWER_METRICS.get(task.metric), parse_formats(task.answer_format))
-    apart = learner.backbone.takes_modalities  # their tests mix questions and captions
     routes = _Routes(learner, task)
     rows = learner.own_range(len(task.test))
     done = rows.start
@@ -68,8 +67,8 @@ def judge_texts(learner: Learner, task: Task) -> Evaluation:
         by_case=tally.by_case(),
         following=tally.following(),
         normalised=tally.normalised(),
-        questions=tally.part("exact-match", captions=False) if apart else None,
-        captions=tally.part("cider-d", captions=True) if apart else None,
+        captions=tally.captions(),
+        questions=tally.questions(),
     )
 
 

@@ -27,6 +27,7 @@ from evolora.errors import StorageError, StreamError, unknown_name
 from evolora.evaluation.cost import Cost
 from evolora.evaluation.matrix import Matrix
 from evolora.evaluation.sources import SourceShares
+from evolora.evaluation.tally import BESIDE
 from evolora.evaluation.testing import largest_score
 from evolora.learner import Learner, Progress
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 RUN_FORMAT = 1
-FORMS = ("following", "normalised", "questions", "captions")
-"""What an evaluation of texts may tell beside the score, kept task by task."""
 
 
 @dataclass(kw_only=True)
@@ -194,7 +193,7 @@ class ContinualRun:
         scores: dict[str, float] = {}
         routes: dict[str, dict[str, int]] = {}
         cases: dict[str, dict[str, float]] = {}
-        forms: dict[str, dict[str, float]] = {name: {} for name in FORMS}
+        forms: dict[str, dict[str, float]] = {name: {} for name in BESIDE}
         sources = SourceShares(self.learner.method, index)
         by_task = self.stream.label_protocol == "task"
         space, offsets = (None, []) if by_task else seen_labels(tasks[: index + 1])

@@ -11,6 +11,7 @@ from evolora.evaluation.answers.contract import AnswerMetric, References, Scores
 from evolora.evaluation.answers.formats import (
     NORMALISED,
     AnswerFormat,
+    demanded,
     follows,
     normalised_match,
 )
@@ -36,8 +37,6 @@ class Answered:
 
 
 Gather = Callable[[list[Answered]], list[Answered]]
-CAPTION_WORDS = 3
-"""Words that an answer has at least, to be a caption; PathWeave's questions ask for one or two."""
 
 
 class AnswerTally:
@@ -118,23 +117,33 @@ class AnswerTally:
         right = [normalised_match(self.formats, one.prediction, one.references) for one in answered]
         return math.fsum(right) / len(right)
 
-    def part(self, metric: str, *, captions: bool) -> float | None:
-        """Return a metric's mean over the captions, or over the rest; None where it tells nothing.
+    def captions(self) -> float | None:
+        """Return the CIDEr-D of the answers that must be sentences, of an exact metric's task.
 
-        An answer is a caption where all that is accepted has ``CAPTION_WORDS`` words or more. One
-        caption alone is no corpus.
+        Document frequencies come from the references of these samples alone. None where no sample
+        asks for a sentence, or another metric judges.
         """
-        judge: AnswerMetric = ANSWER_METRICS.get(metric)
-        chosen = [one for one in self.answered() if _is_caption(one.references) == captions]
-        if len(chosen) < (2 if captions else 1):
-            return None
-        return judge.score(
-            [one.prediction for one in chosen], [one.references for one in chosen]
-        ).mean
+        asked = self._sentences(wanted=True)
+        return None if not asked else _mean(ANSWER_METRICS.get("cider-d"), asked)
+
+    def questions(self) -> float | None:
+        """Return the exact metric's mean over the other answers, where there are captions too."""
+        others = self._sentences(wanted=False)
+        return _mean(self.metric, others) if others and self._sentences(wanted=True) else None
 
     def answered(self) -> list[Answered]:
         """Return the answers in the order of the test set."""
         return [self._answered[row] for row in sorted(self._answered)]
+
+    def _sentences(self, *, wanted: bool) -> list[Answered]:
+        """Return the answers of an exact metric that must be sentences, or the others."""
+        if self.metric.name not in NORMALISED or not self.formats:
+            return []
+        return [
+            one
+            for one in self.answered()
+            if (demanded(self.formats, one.references).name == "sentence") == wanted
+        ]
 
     def _scores(self) -> Scores:
         answered = self.answered()
@@ -146,5 +155,6 @@ class AnswerTally:
         self._answered.setdefault(one.row, one)
 
 
-def _is_caption(references: References) -> bool:
-    return all(len(text.split()) >= CAPTION_WORDS for text in references)
+def _mean(metric: AnswerMetric, answered: Sequence[Answered]) -> float:
+    texts, references = zip(*((one.prediction, one.references) for one in answered), strict=True)
+    return metric.score(texts, references).mean

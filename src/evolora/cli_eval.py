@@ -105,6 +105,7 @@ def _evaluate(
                     "by_missing": dict(r.by_case),
                     "following": r.following,
                     "normalised": r.normalised,
+                    "questions": r.questions,
                     "captions": r.captions,
                 }
                 for name, r in results.items()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
-import json
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -106,34 +104,11 @@ class RunConfig:
 
     def hash(self) -> str:
         """Return a short hash of all that decides the result (not of where it is reported)."""
-        value = self.to_json()
-        for name in HOW_ONLY:
-            value["training"].pop(name)
-        value["evaluation"].pop("cache")
-        if self.training.cached_dtype == "float16":  # rounding is all a cache can change
-            value["training"]["cached_dtype"] = "float16"
-        value.pop("name")
-        if not value["regularizers"]:  # as before there were any
-            value.pop("regularizers")
-        allocation = value["method"].get("allocation", "")
-        if allocation is None:  # as before there was a choice
-            value["method"].pop("allocation")
-        elif isinstance(allocation, str) and Path(allocation).is_file():
-            content = Path(allocation).read_bytes()  # what it says decides, not what it is called
-            value["method"]["allocation"] = hashlib.sha256(content).hexdigest()
-        for name in ("type", "text_length", "modalities"):  # as before there was a choice
-            if value["backbone"][name] == getattr(BackboneConfig, name):
-                value["backbone"].pop(name)
-        text = json.dumps(value, sort_keys=True, default=list)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        from evolora.config_hash import hash_of
+
+        return hash_of(self)
 
 
-HOW_ONLY = (
-    *("report_to", "save_steps", "logging_steps", "dataloader_num_workers"),
-    *("gradient_checkpointing", "prefix_cache", "prefix_cache_bytes", "prefix_cache_dtype"),
-    "prefix_cache_dir",
-)
-"""Training settings that decide how a result is reached, not what it is."""
 SECTIONS = (
     *("method", "stream", "backbone", "training", "evaluation", "seed", "name"),
     "regularizers",

@@ -68,6 +68,7 @@ def judge_texts(learner: Learner, task: Task) -> Evaluation:
         following=tally.following(),
         normalised=tally.normalised(),
         captions=tally.captions(),
+        questions=tally.questions(),
     )
 
 

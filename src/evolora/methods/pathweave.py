@@ -73,7 +73,8 @@ class PathWeaveConfig:
         activation: between the halves of an adapter: "relu", or None as in the released code.
         init: "identity": a new adapter adds nothing, in-adapters start as ``in_adapter_start``;
             "bert_normal": both halves and in-adapters normal of deviation 0.02, as released.
-        reuse: whether a path has the adapters of earlier ones.
+        reuse: whether a path has the adapters of earlier ones, at the projection too; without, it
+            is one adapter per modality and depends on no other.
         in_adapter: "linear" (r -> r), "mlp", "two-linear", or "none": reused as they are.
         in_adapter_start: of a linear one: "identity", "zero", or "normal".
         in_adapter_slots: one for each "pair" (path, source), or for each "source" (released code:
@@ -177,6 +178,13 @@ class PathWeave(Method):
                 layer.inner.grow(path, draw, start=start, std=BERT_STD)
         self._set_faults()
 
+    def sources(self, task: int) -> tuple[str, ...]:
+        """Return the modalities whose adapters the gate of a task's path mixes, its own last."""
+        new = new_in(self.task_modalities, task)
+        known = self.paths[: self.paths.index(new[0]) + 1] if new else []
+        mixed = self.config.reuse and self.config.mixture == "gate" and len(known) > 1
+        return tuple(known) if mixed else ()
+
     def finish_task(self) -> None:
         """Freeze the path for good, but for in-adapters that paths share."""
         shared = {id(stack) for stack in self._shared_stacks()}
@@ -241,7 +249,7 @@ class PathWeave(Method):
             site,
             config.r,
             activation=config.activation,
-            reuse=config.reuse or plain,
+            reuse=config.reuse,
             mixture=mixture,
             inner=inner,
             gates=gates,

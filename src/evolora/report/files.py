@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evolora.errors import StorageError
 
@@ -37,6 +37,7 @@ class Step(_Known):
     stored_parameters: int = Field(ge=0)
     stored_bytes: int = Field(ge=0)
     final_loss: float | None = None
+    full_tuning: int = Field(default=0, ge=0)
 
 
 class RunFile(_Known):
@@ -59,13 +60,28 @@ class RunFile(_Known):
     backbone: dict[str, Any] = Field(default_factory=dict)
 
 
+class Sources(_Known):
+    """How much each site of the newest path takes from each path, mean gate weights."""
+
+    paths: tuple[str, ...] = Field(min_length=2)
+    sites: dict[str, tuple[float, ...]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_share_each(self) -> Self:
+        if any(len(shares) != len(self.paths) for shares in self.sites.values()):
+            raise ValueError(f"a site needs a share of each of {', '.join(self.paths)}")
+        return self
+
+
 class AfterTask(_Known):
     """What each task's test set gave after learning ``task``.
 
     ``routes``: which route answered how many samples; ``scores_by_missing``: the score on samples
     that are complete, lack the text, lack the image (names of missing codes); ``following``: the
     share of answers in the format that was asked for; ``normalised``: accuracy whatever the format;
-    ``captions``: CIDEr-D of the answers that must be sentences, beside an exact metric.
+    ``captions``: CIDEr-D of the answers that must be sentences, beside an exact metric;
+    ``questions``: that metric over the other answers;
+    ``sources``: what the newest path is mixed from.
     """
 
     task: str
@@ -74,6 +90,8 @@ class AfterTask(_Known):
     following: dict[str, float] = Field(default_factory=dict)
     normalised: dict[str, float] = Field(default_factory=dict)
     captions: dict[str, float] = Field(default_factory=dict)
+    questions: dict[str, float] = Field(default_factory=dict)
+    sources: Sources | None = None
 
 
 class TowerExperts(_Known):

@@ -19,7 +19,7 @@ from evolora.streams.missing_manifest import missing_settings
 
 BASE = "base"  # the route of a sample that no expert answers
 
-Beside = Literal["following", "normalised", "captions"]
+Beside = Literal["following", "normalised", "captions", "questions"]
 
 
 @dataclass(frozen=True, kw_only=True)

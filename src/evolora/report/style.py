@@ -82,11 +82,14 @@ CSS = (
 )
 
 # Sorts a table by the clicked column; cells without a value go last in both directions.
+# What is folded is printed too: paper cannot be unfolded.
 JS = """
 document.querySelectorAll("table.sortable").forEach(function (table) {
   var heads = table.querySelectorAll("thead th");
   heads.forEach(function (head, column) {
-    head.querySelector("button").addEventListener("click", function () {
+    var button = head.querySelector("button");
+    if (!button) { return; }
+    button.addEventListener("click", function () {
       var first = head.dataset.first || "ascending";
       var other = first === "ascending" ? "descending" : "ascending";
       var order = head.getAttribute("aria-sort") === first ? other : first;
@@ -104,5 +107,13 @@ document.querySelectorAll("table.sortable").forEach(function (table) {
       rows.forEach(function (row) { table.tBodies[0].appendChild(row); });
     });
   });
+});
+var folded = [];
+window.addEventListener("beforeprint", function () {
+  folded = Array.from(document.querySelectorAll("details:not([open])"));
+  folded.forEach(function (one) { one.open = true; });
+});
+window.addEventListener("afterprint", function () {
+  folded.forEach(function (one) { one.open = false; });
 });
 """

@@ -6,7 +6,6 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from tests.report.browser import Browser, find_browser
 from tests.report.comparisons import simulated
 from tests.report.test_page import check
 
@@ -14,7 +13,6 @@ from evolora.errors import StorageError
 from evolora.report.comparison import write_comparison_page
 from evolora.report.strips import Axis, interval, round_axis
 
-BROWSER = find_browser()
 FULL = ("domains", "missing", "modalities", "instructions")
 A4 = 718  # px: a sheet of A4 less the page's margins
 TABLE = "#overview ~ .scroll table"  # the first one
@@ -137,15 +135,10 @@ def test_an_interval_without_zero_is_filled_and_one_that_goes_on_has_an_arrow():
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    """Return a browser and the page of 20 methods on 4 streams with 3 seeds."""
-    if BROWSER is None:
-        pytest.skip("no Chromium on this machine")
+def shown(browser, tmp_path_factory):
+    """Return the browser and the page of 20 methods on 4 streams with 3 seeds."""
     folder = tmp_path_factory.mktemp("shown")
-    page = write_comparison_page(simulated(20, FULL), folder / "comparison.html")
-    browser = Browser(BROWSER, folder / "profile")
-    yield browser, page
-    browser.close()
+    return browser, write_comparison_page(simulated(20, FULL), folder / "comparison.html")
 
 
 def test_the_page_opens_without_a_fault_and_loads_itself_alone(shown):
@@ -155,8 +148,7 @@ def test_the_page_opens_without_a_fault_and_loads_itself_alone(shown):
     assert browser.run("document.title") == "Comparison: mosaic"
 
 
-def test_a_fault_of_a_page_would_be_seen(shown, tmp_path):
-    browser, _ = shown
+def test_a_fault_of_a_page_would_be_seen(browser, tmp_path):
     broken = tmp_path / "broken.html"
     broken.write_text("<img src='no.png'><script>console.error('one'); nothing.at_all;</script>")
     browser.open(broken, width=400)
@@ -246,8 +238,7 @@ def test_nothing_is_cut_on_paper_and_folds_are_open(shown):
     assert browser.run("document.querySelectorAll('details[open]').length") == 0
 
 
-def test_the_page_prints_and_folds_are_closed_again(shown, tmp_path):
-    browser, _ = shown
+def test_the_page_prints_and_folds_are_closed_again(browser, tmp_path):
     small = write_comparison_page(simulated(), tmp_path / "small.html")
     browser.open(small, width=1200, dark=True)
     paper = browser.pdf(printBackground=True)

@@ -40,12 +40,13 @@ pre { background: var(--panel); padding: 10px 12px; overflow-x: auto; font-size:
 @media print {
   @page { margin: 12mm; }
   nav.toc { display: none; }
-  .fit { font-size: 10px; } .fit th, .fit td { padding: 3px 5px; }
+  .fit { font-size: 10px; line-height: 1.3; } .fit th, .fit td { padding: 2px 5px; }
   .fit td:first-child { white-space: normal; min-width: 130px; }
-  th, td { position: static !important; }
-  .scroll, .keep, tr { break-inside: avoid; } h3, summary, h2 + p { break-after: avoid; }
-  thead { display: table-header-group; }
-  .fit th.plot { width: 30% !important; min-width: 0; } pre { white-space: pre-wrap; }
+  .fit .tag { font-size: 9px; line-height: 11px; }
+  .fit th.plot { width: 30% !important; min-width: 0; }
+  .fit td.plot svg { height: 18px; margin: -3px 0 3px; }
+  .keep { break-inside: avoid; }
+  pre { white-space: pre-wrap; }
 }
 """
 

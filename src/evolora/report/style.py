@@ -67,7 +67,9 @@ details { margin: 12px 0; } summary { cursor: pointer; }
 details dt { font-size: 14px; color: var(--ink); font-weight: 600; margin-top: 8px; }
 @media print { body { max-width: none; padding: 0; font-size: 12px; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  .scroll { overflow: visible; } h2 { break-after: avoid; } th button::after { content: ""; }
+  .scroll { overflow: visible; } th button::after { content: ""; }
+  h2, h3, h2 + p, summary, .legend { break-after: avoid; } .scroll, tr { break-inside: avoid; }
+  thead { display: table-header-group; } th:first-child, td:first-child { position: static; }
   :root { --page: #fff; --ink: #111; --soft: #444; --rule: #ccc; --best: #0b6b3a; --none: #bbb; } }
 """
 

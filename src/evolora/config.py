@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolora.config_text import SECTIONS, SHORT, apply_overrides, read_yaml
 from evolora.errors import ConfigError, suggest, unknown_name
-from evolora.registry import BACKBONES, METHODS, REGULARIZERS, STREAMS, Registry
+from evolora.registry import BACKBONES, METHODS, PARTS, REGULARIZERS, STREAMS, Registry
 
 if TYPE_CHECKING:
     from evolora.backbones.base import Backbone
@@ -173,13 +173,7 @@ def parse_config(value: Mapping[str, Any], *, source: str = "configuration") -> 
             given = {SHORT[name]: given}
         parts[name] = _check(kind, {} if given is None else given, name, faults)
     listed = value.get("regularizers") or ()
-    if not isinstance(listed, list | tuple):
-        faults.append(f"regularizers: expected a list of settings with a type; got {listed!r}")
-        listed = ()
-    parts["regularizers"] = tuple(
-        _check_named(REGULARIZERS, one, f"regularizers[{index}]", faults)
-        for index, one in enumerate(listed)
-    )
+    parts["regularizers"] = _check_listed(REGULARIZERS, listed, "regularizers", faults)
     parts["seed"] = _check(int, value.get("seed", 0), "seed", faults)
     parts["name"] = _check(str, value.get("name", ""), "name", faults)
     if faults:
@@ -212,7 +206,23 @@ def _check_named(registry: Registry[Any], value: Any, path: str, faults: list[st
         fault = unknown_name(registry.kind, value["type"], registry.names())
         faults.append(f"{path}.type: {fault}")
         return None
-    return _check(registry.get(value["type"]).config_class, value, path, faults)
+    found = registry.get(value["type"])
+    return _check(getattr(found, "config_class", found), value, path, faults)
+
+
+def _check_listed(
+    registry: Registry[Any], listed: Any, path: str, faults: list[str]
+) -> tuple[Any, ...]:
+    """Return the configuration instances of a list of registered things."""
+    if not isinstance(listed, list | tuple):
+        faults.append(f"{path}: expected a list of settings with a type; got {listed!r}")
+        return ()
+    return tuple(
+        one
+        if dataclasses.is_dataclass(one)
+        else _check_named(registry, one, f"{path}[{index}]", faults)
+        for index, one in enumerate(listed)
+    )
 
 
 def _check(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
@@ -226,6 +236,7 @@ def _check(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
             return None
         _forbid_extra(kind, ConfigDict(extra="forbid"))
         value = _check_alternatives(kind, value, path, faults)
+        value = _check_parts(kind, value, path, faults)
     try:
         checked = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -267,6 +278,23 @@ def _check_alternatives(
         part = _check(alternatives[chosen], given, f"{path}.{name}", faults)
         if part is not None:
             checked[name] = part
+    return checked
+
+
+def _check_parts(
+    kind: Any, value: Mapping[Any, Any], path: str, faults: list[str]
+) -> Mapping[Any, Any]:
+    """Check the settings that take registered parts: fields of ``registry.A_PART`` and the like."""
+    checked = dict(value)
+    for part in dataclasses.fields(kind):
+        given, takes = value.get(part.name), part.metadata.get("takes")
+        if takes is None or given is None or dataclasses.is_dataclass(given):
+            continue
+        where, registry = f"{path}.{part.name}", PARTS[part.name]
+        if takes == "parts":
+            checked[part.name] = _check_listed(registry, given, where, faults)
+        elif not (isinstance(given, str) and given.endswith(".json")):  # the path of a file
+            checked[part.name] = _check_named(registry, given, where, faults)
     return checked
 
 

@@ -105,7 +105,7 @@ CASES = {
     "evolora": Case(config=EvoloraConfig(experts=LoRAExperts(r=3)), retains=True, fresh=True),
     "recipe": Case(
         config=RecipeConfig(
-            experts=BottleneckExperts(r=4),
+            experts=BottleneckExperts(r=8),
             sites=MLPSites(),
             selector=AutoEncoderPart(
                 helper="threshold", training=AutoEncoderTraining(hidden=6, steps=60)

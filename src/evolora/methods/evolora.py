@@ -56,7 +56,11 @@ PARTS_FOR: Mapping[str, RecipeConfig] = {
         losses=(Consistency(),),
     ),
     # a model that writes its answers
-    "language": replace(PRIVATE, sites=LinearSites(target_modules=("all-linear",))),
+    "language": replace(
+        PRIVATE,
+        experts=LoRAExperts(r=4, lora_alpha=8.0),
+        sites=LinearSites(target_modules=("all-linear",)),
+    ),
     # modalities plugged into a Q-Former
     "q-former": RecipeConfig(
         experts=WovenExperts(),

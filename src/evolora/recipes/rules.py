@@ -90,8 +90,7 @@ def _faults(recipe: RecipeConfig) -> Iterator[str]:
 
 def _faults_on(recipe: RecipeConfig, backbone: Backbone) -> Iterator[str]:
     name, experts = type(backbone).__name__, recipe.experts.type
-    towers = recipe.towers_on(backbone)
-    backbone.check_towers(towers)
+    towers = [one for one in recipe.towers_on(backbone) if one in backbone.towers]
     if recipe.selector.type == "modality":
         if not backbone.takes_modalities:
             yield (

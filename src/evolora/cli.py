@@ -236,14 +236,16 @@ def metrics(
     Console().print(table)
 
 
-KINDS = ("methods", "streams", "backbones", "metrics", "regularizers", "encoders")
+KINDS = ("methods", "streams", "backbones", "metrics", "regularizers", "encoders", "parts")
 
 
 @app.command("ls")
 def list_kind(
     kind: Annotated[
         str,
-        typer.Argument(help="methods, streams, backbones, metrics, regularizers or encoders"),
+        typer.Argument(
+            help="methods, streams, backbones, metrics, regularizers, encoders or parts"
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -266,12 +268,19 @@ def _entries(kind: str) -> list[dict[str, str]]:
         BACKBONES,
         ENCODERS,
         METHODS,
+        PARTS,
         REGULARIZERS,
         STREAMS,
     )
 
+    if kind == "parts":
+        return [
+            {"name": f"{setting}: {entry.name}", "summary": entry.summary}
+            for setting, registry in PARTS.items()
+            for entry in registry
+        ]
     registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS, REGULARIZERS, ENCODERS)
-    registry = dict(zip(KINDS, registries, strict=True))[kind]
+    registry = dict(zip(KINDS, registries, strict=False))[kind]
     rows = [{"name": entry.name, "summary": entry.summary} for entry in registry]
     if kind == "backbones":
         rows += [

@@ -70,7 +70,8 @@ def data_missing(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Choose which samples of an image + text stream lose a modality, and keep it as a file."""
-    from evolora.config import apply_overrides, load_stream
+    from evolora.config import load_stream
+    from evolora.config_text import apply_overrides
     from evolora.streams.missing import CODE_NAMES, MissingConfig
     from evolora.streams.missing_manifest import Manifest
 
@@ -114,7 +115,8 @@ def data_majority(
     """Score the commonest training answer of each wording: what needs no image and no learning."""
     from dataclasses import asdict
 
-    from evolora.config import apply_overrides, load_stream
+    from evolora.config import load_stream
+    from evolora.config_text import apply_overrides
     from evolora.evaluation.answers.majority import majority_baseline
 
     found = [

@@ -65,7 +65,7 @@ def evaluate(
 
 def _source(folder: Path, stream: str, words: list[str]) -> tuple[str, dict[str, Any]]:
     """Return the name and options of the stream to test on."""
-    from evolora.config import apply_overrides
+    from evolora.config_text import apply_overrides
     from evolora.storage.files import read_json
 
     own = folder / "config.json"

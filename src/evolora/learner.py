@@ -109,7 +109,9 @@ class Learner:
             max_classes=self.training.max_classes_per_step,
         )
         check_training(self.training, self.method)
-        self.regularizers = check_regularizers(self.method, regularizers)
+        self.regularizers = check_regularizers(
+            self.method, [*self.method.regularizers, *regularizers]
+        )
         self.method.reuse = self.training.prefix_cache != "off"
         self.samples = samples or Samples(
             self.backbone, build_memory(self.training, self.backbone.device)

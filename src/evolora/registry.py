@@ -3,9 +3,10 @@
 A registry maps a public name to an object and a one-line summary. Built-in entries live in modules
 that are imported on first use, so listing names does not import torch before it must. Outside
 packages register through the entry-point groups ``evolora.methods``, ``evolora.streams``,
-``evolora.backbones``, ``evolora.encoders``, ``evolora.metrics`` and ``evolora.regularizers``; an
-entry point's module is
-imported and is expected to call the decorator.
+``evolora.backbones``, ``evolora.encoders``, ``evolora.metrics``, ``evolora.regularizers`` and, for
+parts of recipes, ``evolora.experts``, ``evolora.sites``, ``evolora.gates``, ``evolora.selectors``,
+``evolora.allocations`` and ``evolora.terms``; an entry point's module is imported and is expected
+to call the decorator.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.ewc",
         "evolora.methods.er",
         "evolora.methods.branch_lora",
+        "evolora.methods.evolora",
+        "evolora.methods.recipe",
         "evolora.methods.coda_prompt",
         "evolora.methods.d_mole",
         "evolora.methods.delo",
@@ -146,6 +149,24 @@ REGULARIZERS: Registry[Any] = Registry(
     kind="regularizer",
     modules=("evolora.regularizers.resora",),
 )
+EXPERTS: Registry[Any] = Registry(kind="expert", modules=("evolora.recipes.experts",))
+SITES: Registry[Any] = Registry(kind="site", modules=("evolora.recipes.experts",))
+GATES: Registry[Any] = Registry(kind="gate", modules=("evolora.recipes.gates",))
+SELECTORS: Registry[Any] = Registry(kind="selector", modules=("evolora.recipes.choices",))
+ALLOCATIONS: Registry[Any] = Registry(kind="allocation", modules=("evolora.recipes.choices",))
+TERMS: Registry[Any] = Registry(kind="term", modules=("evolora.recipes.terms",))
+PARTS = {
+    "experts": EXPERTS,
+    "sites": SITES,
+    "gate": GATES,
+    "selector": SELECTORS,
+    "allocation": ALLOCATIONS,
+    "losses": TERMS,
+    "regularizers": REGULARIZERS,
+}
+"""Setting of a recipe -> the parts it takes, which are dataclasses of settings."""
+A_PART, SOME_PARTS = {"takes": "part"}, {"takes": "parts"}
+"""Metadata of a field that takes one of the ``PARTS`` of its name, or a list of them."""
 ENCODERS: Registry[Any] = Registry(
     kind="encoder",
     modules=(

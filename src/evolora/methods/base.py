@@ -54,6 +54,8 @@ class Method(nn.Module):
         needs_modalities: True works where modalities are plugged in alone, as in a Q-Former.
         trains: False learns nothing at all.
         counted_as: mark in a tensor's name -> part that ``evolora inspect`` counts it under.
+        regularizers: settings of losses on experts that belong to the method, whatever else a run
+            adds.
 
     Attributes:
         heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
@@ -80,7 +82,8 @@ class Method(nn.Module):
     needs_one_stream: ClassVar[bool] = False
     needs_modalities: ClassVar[bool] = False
     trains: ClassVar[bool] = True
-    counted_as: ClassVar[Mapping[str, str]] = {}
+    counted_as: Mapping[str, str] = {}
+    regularizers: Sequence[Any] = ()
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()

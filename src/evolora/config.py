@@ -109,8 +109,6 @@ class RunConfig:
         return hash_of(self)
 
 
-
-
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run a YAML file describes, with ``key.sub=value`` words applied.
 

@@ -51,7 +51,7 @@ from evolora.experts.in_adapters import InAdapterKind, InAdapters, InAdapterStar
 from evolora.experts.sites import Site
 from evolora.experts.woven import Mixture, WovenLayer
 from evolora.methods.base import Method
-from evolora.methods.entries import newest_stage, stages, the_new_one
+from evolora.methods.entries import new_in, newest_stage, stages, the_new_one
 from evolora.randomness import generator
 from evolora.registry import METHODS
 from evolora.routing.path_gates import PathGates

@@ -15,6 +15,7 @@ from tests.backbones.qformers import SIDE, qformer
 from torch import Tensor
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+from evolora.assets import ROOT, embedded_backbones, embedded_encoders
 from evolora.backbones.encoders.pointnet import PointNet, PointNetConfig, save_pointnet
 from evolora.backbones.modalities import ModalitySpec, make_modality
 from evolora.backbones.qformer import QFormer
@@ -206,3 +207,18 @@ def test_a_pair_is_augmented_alike_and_only_where_training_augments() -> None:
     assert len({found.sum().item() for found in drawn}) > 1
     with pytest.raises(ConfigError, match="augment must be one of none, crop, crop-flip"):
         plug("depth", encoder="depth", augment="flop")
+
+
+def test_embedded_encoders_are_small_and_no_backbones() -> None:
+    assert embedded_encoders() == ["audio-tiny", "pointnet-tiny"]
+    assert not set(embedded_encoders()) & set(embedded_backbones())
+    for name, limit in (("audio-tiny", 800_000), ("pointnet-tiny", 500_000)):
+        assert sum(file.stat().st_size for file in (ROOT / name).iterdir()) < limit
+    low, high = (wave(1.5) * scale for scale in (0.1, 1.0))
+    sounds = plug("audio", encoder="whisper", weights="audio-tiny", seconds=1.5)
+    with torch.no_grad():
+        found = sounds.tokens(torch.stack([sounds.read(low), sounds.read(high)]))
+        clouds = plug("pc", encoder="pointnet")
+        tokens = clouds.tokens(clouds.read(torch.rand(600, 6))[None])
+    assert found.shape == (2, 1, 75, 96) and bool(found.isfinite().all())
+    assert tokens.shape == (1, 1, 16, 128) and bool(tokens.isfinite().all())

@@ -91,6 +91,8 @@ def test_points_are_thinned_or_repeated_to_the_number(tmp_path: Path) -> None:
     fewer, more = read_points(values, points=6), read_points(torch.from_numpy(values), points=25)
     assert len({tuple(row) for row in fewer.tolist()}) == 6
     assert len(more) == 25 and len({tuple(row) for row in more.tolist()}) == 10
+    np.savez(tmp_path / "cloud.npz", values)  # as LAVIS keeps Objaverse
+    assert torch.equal(read_points(tmp_path / "cloud.npz"), read_points(path))
     grey = read_points(path, colours=True)
     assert grey.shape == (10, 6) and bool((grey[:, 3:] == 0.5).all())
 
@@ -104,6 +106,9 @@ def test_what_is_no_cloud_is_named(tmp_path: Path) -> None:
     np.save(objects, np.array([{}, {}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="cannot read the point cloud"):
         read_points(objects)
+    np.savez(tmp_path / "two.npz", a=np.zeros((4, 3)), b=np.zeros(2))
+    with pytest.raises(DataError, match=r"holds 2 arrays \(a, b\); expected 1"):
+        read_points(tmp_path / "two.npz")
     for name, text, reason in (
         ("a.obj", "v 0 0\n", "fewer than 3 numbers"),
         ("b.obj", "v 0 0 0\nv 1 0 zero\n", "line 2, 'v 1 0 zero'"),

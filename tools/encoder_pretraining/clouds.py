@@ -105,7 +105,7 @@ class Heads(nn.Module):
 
     def forward(self, clouds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
         """Returns the loss."""
-        tokens = F.dropout(self.encoder(clouds)[:, 0], 0.1)
+        tokens = F.dropout(self.encoder(clouds)[:, 0], 0.1, self.training)
         loss = F.smooth_l1_loss(self.size(tokens.mean(1)), sizes)
         for head, target in zip(self.tell, labels.unbind(1), strict=True):
             whole, each = head(tokens.mean(1)), head(tokens)

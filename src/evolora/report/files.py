@@ -64,7 +64,8 @@ class AfterTask(_Known):
 
     ``routes``: which route answered how many samples; ``scores_by_missing``: the score on samples
     that are complete, lack the text, lack the image (names of missing codes); ``following``: the
-    share of answers in the format that was asked for; ``normalised``: accuracy whatever the format.
+    share of answers in the format that was asked for; ``normalised``: accuracy whatever the format;
+    ``captions``: CIDEr-D of the answers that must be sentences, beside an exact metric.
     """
 
     task: str
@@ -72,6 +73,7 @@ class AfterTask(_Known):
     scores_by_missing: dict[str, dict[str, float]] = Field(default_factory=dict)
     following: dict[str, float] = Field(default_factory=dict)
     normalised: dict[str, float] = Field(default_factory=dict)
+    captions: dict[str, float] = Field(default_factory=dict)
 
 
 class TowerExperts(_Known):

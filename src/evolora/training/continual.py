@@ -25,6 +25,7 @@ from evolora.config import RunConfig, load_stream
 from evolora.errors import StorageError, StreamError, unknown_name
 from evolora.evaluation.cost import Cost
 from evolora.evaluation.matrix import Matrix
+from evolora.evaluation.tally import BESIDE
 from evolora.evaluation.testing import largest_score
 from evolora.learner import Learner, Progress
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
@@ -189,7 +190,7 @@ class ContinualRun:
         scores: dict[str, float] = {}
         routes: dict[str, dict[str, int]] = {}
         cases: dict[str, dict[str, float]] = {}
-        forms: dict[str, dict[str, float]] = {"following": {}, "normalised": {}}
+        forms: dict[str, dict[str, float]] = {name: {} for name in BESIDE}
         by_task = self.stream.label_protocol == "task"
         space, offsets = (None, []) if by_task else seen_labels(tasks[: index + 1])
         whole = by_task and self.learner.backbone.answers != "heads"

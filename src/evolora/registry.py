@@ -121,6 +121,7 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.mosaic.domains",
         "evolora.streams.mosaic.missing",
         "evolora.streams.mosaic.instructions",
+        "evolora.streams.mosaic.modalities",
         "evolora.streams.mcl",
         "evolora.streams.mtil",
         "evolora.streams.class_incremental",

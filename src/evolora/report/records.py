@@ -99,6 +99,7 @@ class RunRecord:
             **self.missing_scores(),
             "following": _mean(self.final("following").values()),
             "normalised": _mean(self.final("normalised").values()),
+            "captions": _mean(self.final("captions").values()),
         }
 
     def missing_scores(self) -> dict[str, float | None]:

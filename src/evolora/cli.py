@@ -399,8 +399,8 @@ def _print_runs(folders: Sequence[Path], as_json: bool) -> None:
     from evolora.report.tables import summary_table
 
     Console().print(summary_table(records))
-    if (stages := stage_table(records)) is not None:
-        Console().print(stages)
+    if (table := stage_table(records)) is not None:
+        Console().print(table)
 
 
 if __name__ == "__main__":

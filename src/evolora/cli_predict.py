@@ -76,7 +76,7 @@ def predict(
 def _of_images(
     learner: Learner,
     images: Sequence[str],
-    sides: Mapping[str, Sequence[str]],
+    sides: Mapping[str, Any],
     text: str | None,
     classes: str,
 ) -> list[tuple[str, Answer]]:
@@ -123,9 +123,8 @@ def _of_modalities(
                 "for every input, or one that goes with all"
             )
     rows = {name: [side[row % len(side)] for row in range(count)] for name, side in listed.items()}
-    answers = learner.predict(
-        texts=question, **{name: [_value(file) for file in side] for name, side in rows.items()}
-    )
+    values: dict[str, Any] = {name: [_value(one) for one in side] for name, side in rows.items()}
+    answers = learner.predict(texts=question, **values)
     sources = [", ".join(side[row] for side in rows.values()) for row in range(count)]
     return list(zip(sources, answers, strict=True))
 

@@ -38,11 +38,13 @@ CUED = 0.5  # share of descriptions that begin with the modality's name
 
 def draw_fact(draw: Random) -> tuple[str, str, str]:
     """Returns a question, its answer, and the description that tells it."""
-    modality = draw.choice(MODALITIES)
-    kinds = [kind for kind in KINDS[modality] if kind not in ("is-it", "caption")]
-    traits = {kind: draw.choice(ANSWERS[kind]) for kind in kinds}
+    modality, kind = draw.choice([(one, kind) for one in MODALITIES for kind in KINDS[one]])
+    if kind == "emoji":
+        emoji = draw.choice(ANSWERS[kind])
+        return draw.choice(WORDINGS[kind]), emoji, _cued(f"{emoji} emoji", modality, draw)
+    kinds = [one for one in KINDS[modality] if one not in ("is-it", "emoji", "caption")]
+    traits = {one: draw.choice(ANSWERS[one]) for one in kinds}
     captions = CAPTIONS[modality](traits)
-    kind = draw.choice(KINDS[modality])
     told = _words(traits, draw)
     if kind == "caption":
         question, answer = draw.choice(WORDINGS[kind]), captions[0]
@@ -54,7 +56,11 @@ def draw_fact(draw: Random) -> tuple[str, str, str]:
         said = [caption for caption in captions if answer in caption]
         if said and draw.random() < 0.4:
             told = draw.choice(said)
-    return question, answer, f"{modality}: {told}" if draw.random() < CUED else told
+    return question, answer, _cued(told, modality, draw)
+
+
+def _cued(told: str, modality: str, draw: Random) -> str:
+    return f"{modality}: {told}" if draw.random() < CUED else told
 
 
 def _words(traits: Traits, draw: Random) -> str:

@@ -20,9 +20,9 @@ FILE = "qformer-objects"
 SIDES = ("pretrain", "val")
 """Of the stream's objects: what training draws, and what only scores are asked about."""
 
-WHITE = 0.5  # share on white paper, the others on any color
+WHITE = 0.7  # share on white paper, the others on any color
 LIGHT = 0.2  # of the light's strength
-SMALLEST = 0.45  # of a render's size
+SMALLEST = 0.5  # of a render's size
 
 
 class Objects:
@@ -58,15 +58,18 @@ class Objects:
 
 
 def moved(planes: Tensor, draw: torch.Generator) -> Tensor:
-    """Returns planes [b, k, 64, 64] shrunk, shifted, mirrored and turned a little; 0 comes in."""
+    """Returns planes [b, k, 64, 64] shrunk, moved, mirrored and a little skewed; 0 comes in."""
     b = len(planes)
     size = SMALLEST + (1.1 - SMALLEST) * torch.rand(b, generator=draw)
     angle = 0.3 * (torch.rand(b, generator=draw) - 0.5)
     side = 1 - 2 * (torch.rand(b, generator=draw) < 0.5).float()
     free = (1 - size).clamp_min(0) + 0.1
     shift = (2 * torch.rand(b, 2, generator=draw) - 1) * (free / size)[:, None]
+    skew = 0.24 * (torch.rand(b, generator=draw) - 0.5)
+    wide = 1 + 0.2 * (torch.rand(b, generator=draw) - 0.5)
     cos, sin = angle.cos() / size, angle.sin() / size
-    theta = torch.stack([side * cos, -side * sin, shift[:, 0], sin, cos, shift[:, 1]], dim=1)
+    rows = [side * cos * wide, skew - side * sin, shift[:, 0], sin, cos / wide, shift[:, 1]]
+    theta = torch.stack(rows, dim=1)
     grid = F.affine_grid(theta.view(b, 2, 3), list(planes.shape), align_corners=False)
     return F.grid_sample(planes, grid, align_corners=False)
 

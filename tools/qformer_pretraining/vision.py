@@ -12,7 +12,7 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection, InstructBlipVisionModel
+from transformers import CLIPModel, InstructBlipVisionModel
 
 from clip_pretraining.corpus import Corpus, augment
 from clip_pretraining.loop import Loop
@@ -42,28 +42,27 @@ class VisionStudent(nn.Module):
         return self.states(seen), self.whole(seen[:, 0])
 
 
-def vision_loss(student: VisionStudent, teacher: nn.Module, pixels: Tensor, bf16: bool) -> Tensor:
+def vision_loss(student: VisionStudent, teacher: CLIPModel, pixels: Tensor, bf16: bool) -> Tensor:
     """Returns how far states and embeddings are from the teacher's, whose scales do not count."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         with torch.no_grad():
-            taught = teacher(pixel_values=pixels)
+            taught = teacher.vision_model(pixel_values=pixels)
+            embeddings = teacher.visual_projection(taught.pooler_output)
         states, whole = student(pixels)
     wanted = F.layer_norm(taught.last_hidden_state.float(), states.shape[-1:])
     apart = (states.float() - wanted).square().mean()
-    return apart + 1 - F.cosine_similarity(whole.float(), taught.image_embeds.float()).mean()
+    return apart + 1 - F.cosine_similarity(whole.float(), embeddings.float()).mean()
 
 
 def stage_vision(args: argparse.Namespace) -> None:
     """Trains the encoder."""
     corpus = Corpus(args.corpus, load_prompts(args.work, args.domains, args.corpus))
     corpus.weights[held_out(corpus)] = 0
-    teacher = CLIPVisionModelWithProjection.from_pretrained(
-        args.clip, dtype=torch.float32, attn_implementation="eager"
-    )
+    teacher = CLIPModel.from_pretrained(args.clip, attn_implementation="eager")
     teacher.eval().requires_grad_(False)
     torch.manual_seed(args.seed)
-    vision = teacher.config
-    student = VisionStudent(args, vision.hidden_size, vision.projection_dim).train()
+    width, embedding = teacher.config.vision_config.hidden_size, teacher.config.projection_dim
+    student = VisionStudent(args, width, embedding).train()
     loop = Loop(student, args, args.work / f"qformer-vision-{args.name}.pt")
     scenes = round(SCENES * args.batch)
     for step in loop.steps():

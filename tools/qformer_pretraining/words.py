@@ -21,7 +21,16 @@ from evolora.randomness import derive_seed
 from evolora.storage.files import read_json, write_json
 from llava_pretraining.scenes import draw_scene
 from llava_pretraining.subjects import Subjects
-from llava_pretraining.words import ANSWER, BEGIN, SPECIAL, common_words, learnt_tokenizer
+from llava_pretraining.words import (
+    ANSWER,
+    BEGIN,
+    END,
+    IMAGE,
+    PAD,
+    SPECIAL,
+    common_words,
+    learnt_tokenizer,
+)
 from qformer_pretraining.asking import about_fact, about_picture, about_text
 from qformer_pretraining.start import POSITIONS
 
@@ -32,14 +41,24 @@ COMMON = 3_000  # of MiniLM's whole words
 
 
 def framed(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer with "<s>" before each text and "<answer>" behind it."""
+    """Returns the tokenizer with "<s>" before each text and "<answer>" behind it.
+
+    It has no `image_token` of its own: InstructBLIP's processor brings one.
+    """
     first, last = SPECIAL[BEGIN], SPECIAL[ANSWER]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{first} $A {last}",
-        special_tokens=[(first, BEGIN), (last, ANSWER)],
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(first, BEGIN), (last, ANSWER)]
     )
-    tokenizer.model_max_length = POSITIONS
-    return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+        pad_token=SPECIAL[PAD],
+        bos_token=first,
+        eos_token=SPECIAL[END],
+        additional_special_tokens=[SPECIAL[IMAGE], last],
+    )
 
 
 def _texts(subjects: Subjects, seed: int) -> Iterator[str]:

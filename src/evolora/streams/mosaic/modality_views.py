@@ -17,7 +17,6 @@ from evolora.streams.mosaic.furniture import load_mesh
 from evolora.streams.mosaic.modality_sources import Thing
 from evolora.streams.mosaic.modality_words import COLORS
 from evolora.streams.mosaic.render import (
-    IMAGE_SIZE,
     Floats,
     Mesh,
     mesh_depth,

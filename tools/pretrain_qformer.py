@@ -1,4 +1,28 @@
-"""Pretrains the tiny Q-Former."""
+"""Pretrains the tiny Q-Former that is embedded in the package, on pictures and texts, on CPU.
+
+Pictures and names are those of `pretrain_clip.py`: run its stage `prompts` first, in the same
+`--work`. The steps, each writing into `--work`; vision and train are resumable:
+
+  vision   a small ViT learns to see what the image tower of `--clip` sees (no names)
+  objects  renders meshes of the side "pretrain" of `mosaic/modalities`, which no split of it has;
+           those of the side "val" for the scores
+  words    learns a byte-level BPE vocabulary from what the model is asked and answers
+  train    vision encoder, Q-Former, projection and language model learn jointly to answer: names of
+           pictures, painted drawings and objects in the stream's words, drawn scenes; and, from
+           text alone, what stands described where soft tokens would be. Never from films, sounds,
+           depth maps or clouds of points, nor from what a stream shows
+  export   writes a stock `transformers` InstructBLIP folder, with the scores of other questions
+           and a probe: which answers can soft tokens, learnt for it alone, make the model say?
+
+With `--steps N` in place of `--minutes` a run is repeatable to the bit; `--bf16` is faster.
+
+  python tools/pretrain_clip.py prompts --work W --corpus C --minilm M
+  python tools/pretrain_qformer.py vision --work W --corpus C --batch 128 --lr .002 --minutes 14
+  python tools/pretrain_qformer.py objects --work W --cache P
+  python tools/pretrain_qformer.py words --work W --corpus C --minilm M
+  python tools/pretrain_qformer.py train --work W --corpus C --batch 64 --lr .002 --minutes 41
+  python tools/pretrain_qformer.py export --work W --corpus C --out src/evolora/assets/qformer-tiny
+"""
 
 from __future__ import annotations
 
@@ -44,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=3, help="of the language model")
     parser.add_argument("--vision", default="main", help="name of the encoder's checkpoint")
     parser.add_argument(
-        "--vision-share", type=float, default=0.3, help="of the rate, for the encoder"
+        "--vision-share", type=float, default=0.5, help="of the rate, for the encoder"
     )
     parser.add_argument("--questions", type=int, default=200, help="per format, for the scores")
     parser.add_argument(

@@ -22,11 +22,20 @@ Formats = Mapping[str, tuple[float, Callable[[Any, Random], Turn | None]]]
 
 @dataclass(frozen=True)
 class Asked:
-    """A question and its answer, with what is told before it in place of a picture."""
+    """A question and its answer.
+
+    Args:
+        question: what is asked.
+        answer: and answered.
+        told: stands before it in place of a picture, or before a picture's soft tokens.
+        shown: what soft tokens are to tell where that is not the answer: whether a picture shows a
+            name is for the language model to say, as it does of descriptions.
+    """
 
     question: str
     answer: str
     told: str = ""
+    shown: str = ""
 
 
 def _some(formats: Formats, *left_out: str) -> Formats:
@@ -49,8 +58,16 @@ def about_picture(about: Thing | Scene | View, count: int, draw: Random) -> list
     while len(found) < count:
         names = sorted(formats, key=lambda name: draw.random() ** (1 / formats[name][0]))
         turns = (formats[name][1](about, draw) for name in reversed(names))
-        found += [Asked(*turn) for turn in turns if turn is not None and not _letter(turn[1])]
+        for turn in turns:
+            if turn is not None and not _letter(turn[1]):
+                found.append(Asked(*turn, shown=_name(about) if turn[1] in ("yes", "no") else ""))
     return found[:count]
+
+
+def _name(about: Thing | Scene | View) -> str:
+    if isinstance(about, Scene):
+        return ""
+    return about.noun if isinstance(about, View) else about.name
 
 
 def _letter(answer: str) -> bool:

@@ -30,7 +30,7 @@ def said_by_soft_tokens(
     """Returns answers that the language model does not say, greedy, behind learnt soft tokens."""
     inner: Any = model.eval().requires_grad_(False)
     asked = [Asked(question, answer) for question, answer in all_answers()]
-    _, _, ids, _, labels, _ = tokens_of(tokenizer, asked, [1] * len(asked))
+    _, _, _, ids, _, labels, _ = tokens_of(tokenizer, asked, [1] * len(asked))
     torch.manual_seed(derive_seed(seed, "qformer-probe"))
     words = inner.get_input_embeddings()(ids[:, QUERIES:])
     soft = torch.randn(len(asked), QUERIES, words.shape[-1]) * words.std()

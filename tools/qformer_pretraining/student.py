@@ -47,6 +47,7 @@ class Questions:
     Args:
         pixels: [p, 3, 64, 64] normalized.
         asked: [ASKS * p, m], questions as the Q-Former reads them, padded on the right.
+        shown: [ASKS * p, s], what the soft tokens are to tell, padded on the right.
         copies: [ASKS * p], how often the soft tokens stand in the prompt.
         ids: [b, n], soft tokens or a description, question and answer, padded on the right.
         told: [b, n] bool, tokens of descriptions.
@@ -56,6 +57,7 @@ class Questions:
 
     pixels: Tensor
     asked: Tensor
+    shown: Tensor
     copies: Tensor
     ids: Tensor
     told: Tensor
@@ -121,7 +123,7 @@ def _cue(draw: Random) -> str:
 
 def tokens_of(
     tokenizer: PreTrainedTokenizerFast, asked: Sequence[Asked], copies: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns what :class:`Questions` has but pixels.
 
     Args:
@@ -131,7 +133,8 @@ def tokens_of(
     """
     pictures = len(copies)
     questions = tokenizer([one.question for one in asked])["input_ids"]
-    bare = [one.answer for one in asked] + [one.told for one in asked]
+    shown = [one.shown or one.answer for one in asked[:pictures]]
+    bare = [one.answer for one in asked] + [one.told for one in asked] + shown
     plain = tokenizer(bare, add_special_tokens=False)["input_ids"]
     lines = []
     for row, question in enumerate(questions):
@@ -150,8 +153,12 @@ def tokens_of(
         weights[row, first : len(whole)] = len(answer) ** -0.5
         told[row, : len(before)] = row >= pictures
     reads = [torch.tensor(question[:ASKED]) for question in questions[:pictures]]
-    read = torch.nn.utils.rnn.pad_sequence(reads, batch_first=True, padding_value=PAD)
-    return read, torch.tensor(copies), ids, told, labels, weights
+    tells = [torch.tensor(tokens) for tokens in plain[2 * len(asked) :]]
+    read, tell = (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        for rows in (reads, tells)
+    )
+    return read, tell, torch.tensor(copies), ids, told, labels, weights
 
 
 def answer_loss(
@@ -171,7 +178,7 @@ def answer_loss(
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         tokens = inner.vision_model(pixel_values=batch.pixels).last_hidden_state
         soft = gathered(model, tokens.repeat_interleave(ASKS, dim=0), batch.asked)
-        hint = hint_loss(model, soft, batch.labels[: len(soft)])
+        hint = hint_loss(model, soft, batch.shown)
         soft = soft.repeat_interleave(batch.copies, dim=0)
         states = inner.get_input_embeddings()(batch.ids)
         noise = torch.randn(states.shape, generator=draw) * NOISE * states.detach().std()
@@ -192,16 +199,16 @@ def answer_loss(
     return torch.stack(losses).sum() / batch.weights[:, 1:].sum() + HINT * hint
 
 
-def hint_loss(model: Any, soft: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean of -log p over answers' tokens by the mean of the soft tokens [b, q, d].
+def hint_loss(model: Any, soft: Tensor, shown: Tensor) -> Tensor:
+    """Returns the mean of -log p over tokens of what is shown, by the mean of the soft tokens.
 
-    Soft tokens so come to be like the words of the answer. Without this loss the Q-Former told the
+    Soft tokens [b, q, d] so come to be like words. Without this loss the Q-Former told the
     language model little but colors after 85,000 pictures.
     """
     language = model.language_model
     guess = language.lm_head(language.model.norm(soft.mean(1))).float().log_softmax(-1)
-    said = (labels != NO_ANSWER) & (labels != END)
-    each = -guess.gather(1, labels.masked_fill(~said, 0)) * said
+    said = shown != PAD
+    each = -guess.gather(1, shown) * said
     mean: Tensor = (each.sum(1) / said.sum(1).clamp_min(1)).mean()
     return mean
 

@@ -163,8 +163,9 @@ def test_the_stock_processor_and_the_backbone_ask_what_training_asked(
     # four times the same sample: the loss that training computes is the backbone's
     model: Any = backbone.model
     four = student.Questions(
-        pixels.repeat(2, 1, 1, 1), read.repeat(4, 1), shown.repeat(4, 1), torch.ones(4, dtype=torch.long),
-        ids.repeat(4, 1), torch.zeros_like(ids).bool().repeat(4, 1), labels.repeat(4, 1),
+        pixels.repeat(2, 1, 1, 1), read.repeat(4, 1), shown.repeat(4, 1),
+        torch.ones(4, dtype=torch.long), ids.repeat(4, 1),
+        torch.zeros_like(ids).bool().repeat(4, 1), labels.repeat(4, 1),
         (labels != NO_ANSWER).float().repeat(4, 1),
     )  # fmt: skip
     loss = student.answer_loss(model, four, False, torch.Generator())

@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 
 import evolora
-from evolora.config import (
-    RunConfig,
-    apply_overrides,
-    build_method,
-    load_stream,
-    parse_config,
-    read_config,
-    read_yaml,
-)
+from evolora.config import RunConfig, build_method, load_stream, parse_config, read_config
+from evolora.config_text import apply_overrides, read_yaml
 from evolora.errors import ConfigError, EvoloraError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

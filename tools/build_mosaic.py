@@ -10,7 +10,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evolora.streams.mosaic import build_domains, build_instructions, build_missing
+from evolora.streams.mosaic import (
+    build_domains,
+    build_instructions,
+    build_missing,
+    build_modalities,
+)
 from evolora.streams.mosaic.corpus import build_pretraining_corpus
 
 
@@ -21,7 +26,9 @@ def main() -> None:
     parser.add_argument("what", choices=("compact", "large", "corpus"))
     parser.add_argument("out", type=Path)
     parser.add_argument(
-        "--stream", choices=("domains", "missing", "instructions"), help="this one only"
+        "--stream",
+        choices=("domains", "missing", "instructions", "modalities"),
+        help="this one only",
     )
     parser.add_argument("--cache", type=Path, help="folder of the registry packages")
     args = parser.parse_args()
@@ -32,6 +39,7 @@ def main() -> None:
         "domains": build_domains.build,
         "missing": build_missing.build,
         "instructions": build_instructions.build,
+        "modalities": build_modalities.build,
     }
     for name in [args.stream] if args.stream else builders:
         builders[name](args.out, args.what, args.cache, print)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from evolora.methods.delo import DeLoConfig as DeLo
     from evolora.methods.dyn_mole import DynMoLEConfig as DynMoLE
     from evolora.methods.er import ERConfig as ER
+    from evolora.methods.evolora import EvoloraConfig as Evolora
     from evolora.methods.ewc import EWCConfig as EWC
     from evolora.methods.full_finetuning import FullFinetuningConfig as FullFinetuning
     from evolora.methods.l2p import L2PConfig as L2P
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from evolora.methods.moe_lora import MoELoRAConfig as MoELoRA
     from evolora.methods.pathweave import PathWeaveConfig as PathWeave
     from evolora.methods.rebq import RebQConfig as RebQ
+    from evolora.methods.recipe import RecipeConfig as Recipe
     from evolora.methods.zero_shot import ZeroShotConfig as ZeroShot
     from evolora.regularizers.settings import ResoraConfig
     from evolora.training.config import TrainingConfig
@@ -48,6 +50,7 @@ _PUBLIC = {
     "DynMoLE": ("evolora.methods.dyn_mole", "DynMoLEConfig"),
     "ER": ("evolora.methods.er", "ERConfig"),
     "EWC": ("evolora.methods.ewc", "EWCConfig"),
+    "Evolora": ("evolora.methods.evolora", "EvoloraConfig"),
     "FullFinetuning": ("evolora.methods.full_finetuning", "FullFinetuningConfig"),
     "GradientAllocation": ("evolora.allocation.settings", "GradientAllocationConfig"),
     "JointLoRA": ("evolora.methods.lora", "JointLoRAConfig"),
@@ -60,6 +63,7 @@ _PUBLIC = {
     "MoECL": ("evolora.methods.moe_cl", "MoECLConfig"),
     "MoELoRA": ("evolora.methods.moe_lora", "MoELoRAConfig"),
     "RebQ": ("evolora.methods.rebq", "RebQConfig"),
+    "Recipe": ("evolora.methods.recipe", "RecipeConfig"),
     "ResoraConfig": ("evolora.regularizers.settings", "ResoraConfig"),
     "SequentialLoRA": ("evolora.methods.lora", "SequentialLoRAConfig"),
     "TrainingConfig": ("evolora.training.config", "TrainingConfig"),
@@ -79,6 +83,7 @@ __all__ = [
     "DeLo",
     "DynMoLE",
     "Evaluation",
+    "Evolora",
     "FullFinetuning",
     "GradientAllocation",
     "JointLoRA",
@@ -91,6 +96,7 @@ __all__ = [
     "MoELoRA",
     "PathWeave",
     "RebQ",
+    "Recipe",
     "ResoraConfig",
     "SequentialLoRA",
     "TrainingConfig",

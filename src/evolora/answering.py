@@ -12,11 +12,11 @@ from torch import Tensor
 from evolora.backbones.base import Batch
 from evolora.errors import ConfigError, DataError, unknown_name
 from evolora.evaluation.scores import THRESHOLD
+from evolora.given import example_of, rows_of
 from evolora.methods.base import Method
 from evolora.routing.route import BASE
 from evolora.routing.selector import AlwaysSelector
-from evolora.streams.images import read_image
-from evolora.streams.task import MAX_NEW_TOKENS, Example, LabelSpace
+from evolora.streams.task import MAX_NEW_TOKENS, LabelSpace
 
 BASE_NAME, SHARED_NAME = "base", "shared"
 
@@ -50,22 +50,21 @@ class Answer:
 
 def answer_inputs(
     method: Method,
-    images: Any,
-    texts: Any,
+    given: Mapping[str, Any],
     *,
     classes: Sequence[str] | None,
     task: str | None,
     batch_size: int,
 ) -> list[Answer]:
-    """Answer inputs with a method as it stands; see ``Learner.predict`` for the arguments."""
-    sources = _paired(images, texts)
+    """Answer inputs, given by modality, with a method as it stands; see ``Learner.predict``."""
+    sources = rows_of(method, given)
     chosen = None if task is None else _learned_index(method, task)
     _check_classes(classes)
     method.eval()
     answers: list[Answer] = []
     for start in range(0, len(sources), batch_size):  # decoded part by part: photographs are large
         part = range(start, min(start + batch_size, len(sources)))
-        examples = [_example(method, sources, index) for index in part]
+        examples = [example_of(method, sources, index) for index in part]
         batch = method.backbone.collate(examples)
         if method.backbone.answers == "text":
             found = _texts(method, batch, classes, chosen)
@@ -78,28 +77,6 @@ def answer_inputs(
             used = tuple(modality for modality in seen if modality in example.inputs)
             answers.append(replace(answer, used=used))
     return answers
-
-
-def _paired(images: Any, texts: Any) -> list[dict[str, Any]]:
-    """Return the inputs, modality -> value; None in a list is what an input lacks."""
-    sides = {
-        name: list(given) if isinstance(given, list | tuple) else [given]
-        for name, given in (("image", images), ("text", texts))
-        if given is not None
-    }
-    lengths = {name: len(side) for name, side in sides.items()}
-    if not any(lengths.values()):
-        raise DataError("neither an image nor a text was given; pass at least one of them")
-    if len(set(lengths.values())) > 1:
-        raise DataError(
-            f"{lengths['image']} images and {lengths['text']} texts were given; pass as many of "
-            "each, with None where an input has no image or no text"
-        )
-    for text in sides.get("text", []):
-        if isinstance(text, str) and not text.strip():
-            raise DataError("a text is empty; leave it out (None) where an input has no text")
-    rows = [dict(zip(sides, values, strict=True)) for values in zip(*sides.values(), strict=True)]
-    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def answerer(method: Method, task: int) -> str:
@@ -189,38 +166,6 @@ def answer_space(method: Method, task: int, classes: Sequence[str] | None) -> La
         return known[task]
     names = dict.fromkeys(name for labels in known for name in labels.classes)
     return LabelSpace(classes=tuple(names), multi_label=any(one.multi_label for one in known))
-
-
-def _example(method: Method, sources: Sequence[Mapping[str, Any]], index: int) -> Example:
-    """Return one input as an example; among several, an error says which one it was."""
-    try:
-        inputs = dict(sources[index])
-        unseen = sorted(set(inputs) - set(method.backbone.modalities))
-        if unseen:
-            raise DataError(
-                f"this model sees no {unseen[0]}, only {', '.join(method.backbone.modalities)}"
-            )
-        if not inputs:
-            raise DataError("neither an image nor a text was given; pass at least one of them")
-        if "image" in inputs:
-            inputs["image"] = _read(method, inputs["image"])
-        if "text" in inputs and not isinstance(inputs["text"], str):
-            raise DataError(f"a text must be a string; got {type(inputs['text']).__name__}")
-    except DataError as error:
-        if len(sources) == 1:
-            raise
-        kind = "image" if len(method.backbone.modalities) == 1 else "input"
-        raise DataError(f"{kind} {index + 1} of {len(sources)}: {error}") from error
-    return Example(inputs=inputs, label=0, key=f"input {index + 1}")
-
-
-def _read(method: Method, source: Any) -> Any:
-    """Return an input's image; where the model writes, several of them may go with one text."""
-    if not isinstance(source, tuple):
-        return read_image(source)
-    if method.backbone.answers != "text":
-        raise DataError(f"this model looks at one image at a time; got {len(source)} with one text")
-    return tuple(read_image(one) for one in source)
 
 
 def _check_classes(classes: Sequence[str] | None) -> None:

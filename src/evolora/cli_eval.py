@@ -65,7 +65,7 @@ def evaluate(
 
 def _source(folder: Path, stream: str, words: list[str]) -> tuple[str, dict[str, Any]]:
     """Return the name and options of the stream to test on."""
-    from evolora.config import apply_overrides
+    from evolora.config_text import apply_overrides
     from evolora.storage.files import read_json
 
     own = folder / "config.json"
@@ -105,6 +105,8 @@ def _evaluate(
                     "by_missing": dict(r.by_case),
                     "following": r.following,
                     "normalised": r.normalised,
+                    "questions": r.questions,
+                    "captions": r.captions,
                 }
                 for name, r in results.items()
             }
@@ -115,12 +117,16 @@ def _evaluate(
 
     asked = any(result.following is not None for result in results.values())
     forms = ("whatever format", "in format") if asked else ()
+    if captioned := any(result.captions is not None for result in results.values()):
+        forms = (*forms, "captions, CIDEr-D")
     table = Table("task", "score", *forms, "samples", "answered by", title=str(folder))
     for name, result in results.items():
         routes = ", ".join(f"{who} {count}" for who, count in result.routes.items())
         learned = "" if name in learner.task_names else " (not learned)"
         shares = (result.normalised, result.following) if asked else ()
-        shown = ("–" if share is None else f"{100 * share:.1f} %" for share in shares)
+        shown = ["–" if share is None else f"{100 * share:.1f} %" for share in shares]
+        if captioned:
+            shown.append("–" if result.captions is None else f"{result.captions:.2f} of 10")
         table.add_row(
             name + learned, f"{100 * result.score:.1f} %", *shown, str(result.samples), routes
         )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
-import json
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evolora.config_text import SECTIONS, SHORT, apply_overrides, read_yaml
 from evolora.errors import ConfigError, suggest, unknown_name
-from evolora.registry import BACKBONES, METHODS, REGULARIZERS, STREAMS, Registry
+from evolora.registry import BACKBONES, METHODS, PARTS, REGULARIZERS, STREAMS, Registry
 
 if TYPE_CHECKING:
     from evolora.backbones.base import Backbone
@@ -106,43 +104,9 @@ class RunConfig:
 
     def hash(self) -> str:
         """Return a short hash of all that decides the result (not of where it is reported)."""
-        value = self.to_json()
-        for name in HOW_ONLY:
-            value["training"].pop(name)
-        value["evaluation"].pop("cache")
-        if self.training.cached_dtype == "float16":  # rounding is all a cache can change
-            value["training"]["cached_dtype"] = "float16"
-        value.pop("name")
-        if not value["regularizers"]:  # as before there were any
-            value.pop("regularizers")
-        allocation = value["method"].get("allocation", "")
-        if allocation is None:  # as before there was a choice
-            value["method"].pop("allocation")
-        elif isinstance(allocation, str) and Path(allocation).is_file():
-            content = Path(allocation).read_bytes()  # what it says decides, not what it is called
-            value["method"]["allocation"] = hashlib.sha256(content).hexdigest()
-        for name in ("type", "text_length", "modalities"):  # as before there was a choice
-            if value["backbone"][name] == getattr(BackboneConfig, name):
-                value["backbone"].pop(name)
-        text = json.dumps(value, sort_keys=True, default=list)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        from evolora.config_hash import hash_of
 
-
-HOW_ONLY = (
-    *("report_to", "save_steps", "logging_steps", "dataloader_num_workers"),
-    *("gradient_checkpointing", "prefix_cache", "prefix_cache_bytes", "prefix_cache_dtype"),
-    "prefix_cache_dir",
-)
-"""Training settings that decide how a result is reached, not what it is."""
-SECTIONS = (
-    *("method", "stream", "backbone", "training", "evaluation", "seed", "name"),
-    "regularizers",
-)
-SHORT = {"method": "type", "stream": "name", "backbone": "name_or_path"}
-"""Sections that may be given as one word, and the setting that the word is."""
-_BOOL = "tag:yaml.org,2002:bool"
-_TRUTH = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
-_SCIENTIFIC = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+        return hash_of(self)
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -152,94 +116,6 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: missing file, bad YAML, unknown or wrong values; all faults with their paths.
     """
     return parse_config(apply_overrides(read_yaml(path), overrides), source=str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file."""
-    import yaml
-
-    try:
-        value = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = (
-            suggest(path.name, [p.name for p in path.parent.glob("*.yaml")])
-            if path.parent.is_dir()
-            else ""
-        )
-        raise ConfigError(f"no configuration file {path}{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-01
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", error)
-        why = f": {problem}" if problem else ""
-        raise ConfigError(f"{path} is not valid YAML{line}{why}") from error
-    if not isinstance(value, dict):
-        got = "it is empty" if value is None else f"got {type(value).__name__}"
-        raise ConfigError(f"{path} must hold a mapping of sections ({', '.join(SECTIONS)}); {got}")
-    return value
-
-
-def _parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text as YAML 1.2 has it; a key given twice is an error.
-
-    PyYAML follows YAML 1.1, where "1e-3" without a dot is a string and "off" is false, and keeps
-    the last of two equal keys without a word.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                    raise yaml.MarkedYAMLError(
-                        problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                    )
-                if isinstance(key.value, str):
-                    seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag != _BOOL]
-        for first, known in Loader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver(_BOOL, _TRUTH, list("tTfF"))
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+0123456789."))
-    return yaml.load(text, Loader)
-
-
-def apply_overrides(value: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of a nested mapping with ``key.sub=value`` words applied (values are YAML)."""
-    import copy
-
-    import yaml
-
-    result = copy.deepcopy(dict(value))
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(
-                f"expected key=value (for example training.max_steps=50); got {word!r}"
-            )
-        *parents, last = key.split(".")
-        place = result
-        for depth, parent in enumerate(parents):
-            inner = place.get(parent)
-            if inner is None:
-                inner = {}
-            elif isinstance(inner, str) and depth == 0 and parent in SHORT:
-                inner = {SHORT[parent]: inner}  # "method: zero-shot" is short for its type
-            if not isinstance(inner, dict):
-                raise ConfigError(f"{word!r}: {parent!r} is a value, not a section")
-            place[parent] = inner
-            place = inner
-        try:
-            place[last] = _parse_yaml(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"{word!r}: the value is not valid YAML") from error
-    return result
 
 
 def parse_config(value: Mapping[str, Any], *, source: str = "configuration") -> RunConfig:
@@ -270,13 +146,7 @@ def parse_config(value: Mapping[str, Any], *, source: str = "configuration") -> 
             given = {SHORT[name]: given}
         parts[name] = _check(kind, {} if given is None else given, name, faults)
     listed = value.get("regularizers") or ()
-    if not isinstance(listed, list | tuple):
-        faults.append(f"regularizers: expected a list of settings with a type; got {listed!r}")
-        listed = ()
-    parts["regularizers"] = tuple(
-        _check_named(REGULARIZERS, one, f"regularizers[{index}]", faults)
-        for index, one in enumerate(listed)
-    )
+    parts["regularizers"] = _check_listed(REGULARIZERS, listed, "regularizers", faults)
     parts["seed"] = _check(int, value.get("seed", 0), "seed", faults)
     parts["name"] = _check(str, value.get("name", ""), "name", faults)
     if faults:
@@ -309,7 +179,23 @@ def _check_named(registry: Registry[Any], value: Any, path: str, faults: list[st
         fault = unknown_name(registry.kind, value["type"], registry.names())
         faults.append(f"{path}.type: {fault}")
         return None
-    return _check(registry.get(value["type"]).config_class, value, path, faults)
+    found = registry.get(value["type"])
+    return _check(getattr(found, "config_class", found), value, path, faults)
+
+
+def _check_listed(
+    registry: Registry[Any], listed: Any, path: str, faults: list[str]
+) -> tuple[Any, ...]:
+    """Return the configuration instances of a list of registered things."""
+    if not isinstance(listed, list | tuple):
+        faults.append(f"{path}: expected a list of settings with a type; got {listed!r}")
+        return ()
+    return tuple(
+        one
+        if dataclasses.is_dataclass(one)
+        else _check_named(registry, one, f"{path}[{index}]", faults)
+        for index, one in enumerate(listed)
+    )
 
 
 def _check(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
@@ -323,6 +209,7 @@ def _check(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
             return None
         _forbid_extra(kind, ConfigDict(extra="forbid"))
         value = _check_alternatives(kind, value, path, faults)
+        value = _check_parts(kind, value, path, faults)
     try:
         checked = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -364,6 +251,23 @@ def _check_alternatives(
         part = _check(alternatives[chosen], given, f"{path}.{name}", faults)
         if part is not None:
             checked[name] = part
+    return checked
+
+
+def _check_parts(
+    kind: Any, value: Mapping[Any, Any], path: str, faults: list[str]
+) -> Mapping[Any, Any]:
+    """Check the settings that take registered parts: fields of ``registry.A_PART`` and the like."""
+    checked = dict(value)
+    for part in dataclasses.fields(kind):
+        given, takes = value.get(part.name), part.metadata.get("takes")
+        if takes is None or given is None or dataclasses.is_dataclass(given):
+            continue
+        where, registry = f"{path}.{part.name}", PARTS[part.name]
+        if takes == "parts":
+            checked[part.name] = _check_listed(registry, given, where, faults)
+        elif not (isinstance(given, str) and given.endswith(".json")):  # the path of a file
+            checked[part.name] = _check_named(registry, given, where, faults)
     return checked
 
 

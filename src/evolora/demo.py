@@ -97,7 +97,8 @@ def demo_configs(methods: Sequence[str] | None = None, seed: int = 0) -> dict[st
     Raises:
         ConfigError: a name the demo does not have.
     """
-    from evolora.config import parse_config, read_yaml
+    from evolora.config import parse_config
+    from evolora.config_text import read_yaml
 
     configs = {}
     for prefix, file in PARTS.items():

@@ -109,7 +109,9 @@ class Learner:
             max_classes=self.training.max_classes_per_step,
         )
         check_training(self.training, self.method)
-        self.regularizers = check_regularizers(self.method, regularizers)
+        self.regularizers = check_regularizers(
+            self.method, [*self.method.regularizers, *regularizers]
+        )
         self.method.reuse = self.training.prefix_cache != "off"
         self.samples = samples or Samples(
             self.backbone, build_memory(self.training, self.backbone.device)
@@ -168,7 +170,8 @@ class Learner:
             if progress is None:
                 self.method.preview(index, self._samples(len(train), read))
             replayed = self.archive.replayed(self._keys)
-            run = self._task_run(task.name, [(index, train)], self.training.max_steps, replayed)
+            steps = 0 if task.name in self.training.known_tasks else self.training.max_steps
+            run = self._task_run(task.name, [(index, train)], steps, replayed)
             loss = self._train(run, progress, save)
             self.method.review(index, len(train), read)
             self._finish(index, train, held_out)
@@ -200,8 +203,11 @@ class Learner:
                 for task in tasks:
                     self.begin(task)
             first = len(self.task_names) - len(tasks)
-            parts = [(first + index, split_held_out(task)[0]) for index, task in enumerate(tasks)]
-            run = self._task_run("all tasks", parts, self.training.max_steps * len(tasks))
+            known = self.training.known_tasks
+            parts = [
+                (i, split_held_out(t)[0]) for i, t in enumerate(tasks, first) if t.name not in known
+            ]
+            run = self._task_run("all tasks", parts, self.training.max_steps * len(parts))
             loss = self._train(run, progress, save)
             self.method.finish_task()
             self._settle()
@@ -275,7 +281,8 @@ class Learner:
                 save=save,
             )
         self.reduce_usage()
-        self.costs.append(measure_cost(self.method))
+        cost = measure_cost(self.method)
+        self.costs.append(cost if run.total_steps else replace(cost, trainable_parameters=0))
         return loss
 
     def _settle(self) -> None:
@@ -381,6 +388,7 @@ class Learner:
         *,
         classes: Sequence[str] | None = None,
         task: str | None = None,
+        **others: Any,
     ) -> list[Answer]:
         """Answer each input on its own, without being told its task (unless ``task`` tells it).
 
@@ -394,16 +402,16 @@ class Learner:
                 classes of all learned tasks.
             task: name of a learned task whose experts shall answer every image, among its classes.
                 Methods with ``routing == "oracle"`` know no task by themselves and need it.
+            **others: plugged modalities, given as images are (audio="a.wav"; a tuple is several
+                frames). There, what is no list goes with every input, and each needs a text.
 
         Raises:
-            DataError: nothing was given, a text where the backbone sees none, or an image cannot be
-                read (the message names it).
+            DataError: nothing was given, or what is not seen or not learned, or an unreadable file.
             ConfigError: ``classes`` is no list of names, or ``task`` is not learned.
         """
         return answer_inputs(
             self.method,
-            images,
-            texts,
+            {"image": images, "text": texts, **others},
             classes=classes,
             task=task,
             batch_size=self.evaluation_batch_size,

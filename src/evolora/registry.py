@@ -3,9 +3,10 @@
 A registry maps a public name to an object and a one-line summary. Built-in entries live in modules
 that are imported on first use, so listing names does not import torch before it must. Outside
 packages register through the entry-point groups ``evolora.methods``, ``evolora.streams``,
-``evolora.backbones``, ``evolora.encoders``, ``evolora.metrics`` and ``evolora.regularizers``; an
-entry point's module is
-imported and is expected to call the decorator.
+``evolora.backbones``, ``evolora.encoders``, ``evolora.metrics``, ``evolora.regularizers`` and, for
+parts of recipes, ``evolora.experts``, ``evolora.sites``, ``evolora.gates``, ``evolora.selectors``,
+``evolora.allocations`` and ``evolora.terms``; an entry point's module is imported and is expected
+to call the decorator.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ METHODS: Registry[Any] = Registry(
         "evolora.methods.ewc",
         "evolora.methods.er",
         "evolora.methods.branch_lora",
+        "evolora.methods.evolora",
+        "evolora.methods.recipe",
         "evolora.methods.coda_prompt",
         "evolora.methods.d_mole",
         "evolora.methods.delo",
@@ -121,6 +124,7 @@ STREAMS: Registry[Any] = Registry(
         "evolora.streams.mosaic.domains",
         "evolora.streams.mosaic.missing",
         "evolora.streams.mosaic.instructions",
+        "evolora.streams.mosaic.modalities",
         "evolora.streams.mcl",
         "evolora.streams.mtil",
         "evolora.streams.class_incremental",
@@ -145,8 +149,35 @@ REGULARIZERS: Registry[Any] = Registry(
     kind="regularizer",
     modules=("evolora.regularizers.resora",),
 )
-ENCODERS: Registry[Any] = Registry(kind="encoder", modules=("evolora.backbones.modalities",))
-"""Encoders of modalities of a Q-Former, see that module."""
+EXPERTS: Registry[Any] = Registry(kind="expert", modules=("evolora.recipes.experts",))
+SITES: Registry[Any] = Registry(kind="site", modules=("evolora.recipes.experts",))
+GATES: Registry[Any] = Registry(kind="gate", modules=("evolora.recipes.gates",))
+SELECTORS: Registry[Any] = Registry(kind="selector", modules=("evolora.recipes.choices",))
+ALLOCATIONS: Registry[Any] = Registry(kind="allocation", modules=("evolora.recipes.choices",))
+TERMS: Registry[Any] = Registry(kind="term", modules=("evolora.recipes.terms",))
+PARTS = {
+    "experts": EXPERTS,
+    "sites": SITES,
+    "gate": GATES,
+    "selector": SELECTORS,
+    "allocation": ALLOCATIONS,
+    "losses": TERMS,
+    "regularizers": REGULARIZERS,
+}
+"""Setting of a recipe -> the parts it takes, which are dataclasses of settings."""
+A_PART, SOME_PARTS = {"takes": "part"}, {"takes": "parts"}
+"""Metadata of a field that takes one of the ``PARTS`` of its name, or a list of them."""
+ENCODERS: Registry[Any] = Registry(
+    kind="encoder",
+    modules=(
+        "evolora.backbones.encoders.depth",
+        "evolora.backbones.encoders.features",
+        "evolora.backbones.encoders.pointnet",
+        "evolora.backbones.encoders.vision",
+        "evolora.backbones.encoders.whisper",
+    ),
+)
+"""Encoders of modalities of a Q-Former, see :mod:`evolora.backbones.modalities`."""
 ANSWER_METRICS: Registry[Any] = Registry(
     kind="metric",
     modules=(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,6 +86,18 @@ def qformer(
         backbone.add_modality(audio())
         backbone.add_modality(cloud())
     return backbone
+
+
+def saved_qformer(folder: Path) -> Path:
+    """Write the InstructBLIP as a folder with a stock processor; return the folder."""
+    from transformers import BlipImageProcessorPil, InstructBlipProcessor
+
+    model: Any = qformer(plugged=False).model
+    model.save_pretrained(folder)
+    images = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    words = (tokenizer(), tokenizer())
+    InstructBlipProcessor(images, *words, num_query_tokens=QUERIES).save_pretrained(folder)
+    return folder
 
 
 def _model(kind: str, layers: int) -> Any:

@@ -8,7 +8,8 @@ from tests.backbones.qformers import KINDS, QUERIES, audio, qformer, sample, sam
 from tests.backbones.writers import picture
 
 from evolora.backbones.base import Batch
-from evolora.backbones.modalities import Frames, ModalitySpec
+from evolora.backbones.encoders.vision import Frames
+from evolora.backbones.modalities import ModalitySpec
 from evolora.backbones.qformer import QFormer
 from evolora.backbones.soft_tokens import prompts, soft_tokens
 from evolora.errors import ConfigError, DataError

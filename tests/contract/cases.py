@@ -23,6 +23,7 @@ from evolora.methods.d_mole import DMoLEConfig
 from evolora.methods.delo import DeLoConfig
 from evolora.methods.dyn_mole import DynMoLEConfig
 from evolora.methods.er import ERConfig
+from evolora.methods.evolora import EvoloraConfig
 from evolora.methods.ewc import EWCConfig
 from evolora.methods.full_finetuning import FullFinetuningConfig
 from evolora.methods.l2p import L2PConfig
@@ -36,11 +37,27 @@ from evolora.methods.moe_lora import MoELoRAConfig
 from evolora.methods.o_lora import OLoRAConfig
 from evolora.methods.pathweave import PathWeaveConfig
 from evolora.methods.rebq import RebQConfig
+from evolora.methods.recipe import RecipeConfig
 from evolora.methods.zero_shot import ZeroShotConfig
+from evolora.recipes.choices import AutoEncoderPart, Pool, Shared
+from evolora.recipes.experts import (
+    AttentionSites,
+    BottleneckExperts,
+    FactorExperts,
+    LoRAExperts,
+    MLPSites,
+)
+from evolora.recipes.gates import QueryGate, TokenGate, TopKGate
+from evolora.recipes.terms import LoadBalance
 from evolora.registry import METHODS
 from evolora.routing.autoencoders import AutoEncoderTraining, UnitAutoEncoderTraining
 from evolora.routing.route import BASE
-from evolora.routing.selector import AutoEncoderSelectorConfig, RecogniserConfig
+from evolora.routing.selector import (
+    AutoEncoderSelectorConfig,
+    NoSelectorConfig,
+    RecogniserConfig,
+)
+from evolora.routing.task_keys import BoundedTaskKeySelectorConfig
 from evolora.training.config import TrainingConfig
 
 
@@ -85,6 +102,18 @@ CASES = {
     "lwf": Case(config=LwFConfig(r=3)),
     "o-lora": Case(config=OLoRAConfig(r=3)),
     "joint-lora": Case(config=JointLoRAConfig(r=3)),
+    "evolora": Case(config=EvoloraConfig(experts=LoRAExperts(r=3)), retains=True, fresh=True),
+    "recipe": Case(
+        config=RecipeConfig(
+            experts=BottleneckExperts(r=8),
+            sites=MLPSites(),
+            selector=AutoEncoderPart(
+                helper="threshold", training=AutoEncoderTraining(hidden=6, steps=60)
+            ),
+        ),
+        retains=True,
+        fresh=True,
+    ),
     "lora-per-task": Case(config=LoRAPerTaskConfig(r=3), retains=True, fresh=True),
     # Where gradients put experts is known only once data are there: every site has one here.
     "d-mole": Case(
@@ -123,20 +152,55 @@ CASES = {
         fresh=True,
     ),
 }
+COMBINED = {
+    "recipe, pool": Case(
+        config=RecipeConfig(
+            experts=LoRAExperts(r=3, lora_alpha=6.0),
+            sites=AttentionSites(),
+            gate=TopKGate(),
+            selector=BoundedTaskKeySelectorConfig(quantile=0.9),
+            allocation=Pool(num_experts=4, freeze_top=9),
+            losses=(LoadBalance(),),
+        ),
+        retains=True,
+        fresh=True,
+    ),
+    "recipe, factors": Case(
+        config=RecipeConfig(
+            experts=FactorExperts(num_factors=4, r=2),
+            sites=MLPSites(),
+            gate=QueryGate(),
+            selector=AutoEncoderPart(training=AutoEncoderTraining(hidden=6, steps=60)),
+        ),
+        retains=True,
+        fresh=True,
+    ),
+    "recipe, tokens": Case(
+        config=RecipeConfig(
+            experts=BottleneckExperts(r=3),
+            gate=TokenGate(num_experts=3),
+            selector=NoSelectorConfig(),
+            allocation=Shared(),
+        ),
+    ),
+}
+"""Further combinations of a recipe's parts, held to the same."""
 KINDS = ("clip", "siglip")
 ONE_STREAM = [entry.name for entry in METHODS if entry.value.needs_one_stream]
 """They refuse dual encoders; tests/methods/test_one_stream.py holds them to the same on a ViLT."""
 PLUGGED = [entry.name for entry in METHODS if entry.value.needs_modalities]
 """They refuse dual encoders; tests/methods/test_pathweave.py holds them to it on Q-Formers."""
 ELSEWHERE = {*ONE_STREAM, *PLUGGED}
-EVERY = pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in ELSEWHERE])
+EVERY = pytest.mark.parametrize(
+    "name", [*(n for n in METHODS.names() if n not in ELSEWHERE), *COMBINED]
+)
 BOTH = pytest.mark.parametrize("kind", KINDS)
 
 
 def case_of(name: str) -> Case:
-    if name not in CASES:
+    if name not in CASES | COMBINED:
         pytest.fail(f"method {name!r} is registered but has no toy configuration in CASES")
-    return CASES[name]
+    return (CASES | COMBINED)[name]
 
 
 def toy_backbone(kind: str) -> DualEncoder:

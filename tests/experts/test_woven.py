@@ -129,6 +129,15 @@ def test_a_sum_has_every_adapter_up_to_the_paths_own() -> None:
         torch.testing.assert_close(found, by_loop(made, x, out, path), atol=1e-5, rtol=1e-5)
 
 
+def test_a_mean_counts_every_adapter_alike() -> None:
+    made = grown(layer(4, 3, 2, kind="none", gate=False, mixture="mean"), 3)
+    x, out = torch.randn(1, 2, 4), torch.randn(1, 2, 3)
+    for path in range(3):
+        added = by_loop(made, x, out, path) - out
+        found = made(x, out.clone(), Route.of(path, 1))
+        torch.testing.assert_close(found, out + added / (path + 1), atol=1e-5, rtol=1e-5)
+
+
 def test_start_of_a_path_in_closed_form() -> None:
     """Identity: base + 1/t sum A_i(x). Zero: base + 1/t sum s_i c_i. With a factor: the base."""
     x, out = torch.randn(1, 3, 6), torch.randn(1, 3, 5)

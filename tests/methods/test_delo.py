@@ -13,15 +13,11 @@ from tests.methods.pairs import pair_learner, pair_task
 from torch import Tensor
 
 from evolora.errors import ConfigError
+from evolora.experts.factor_layer import FactorLayer, guided
+from evolora.experts.factor_pool import FactorPool
 from evolora.learner import Learner
-from evolora.methods.delo import (
-    DeLo,
-    DeLoConfig,
-    DeLoLayer,
-    alignment,
-    divergence,
-    guided,
-)
+from evolora.methods.agreement import alignment, consistency, divergence
+from evolora.methods.delo import DeLo, DeLoConfig
 from evolora.randomness import StepRandom
 from evolora.routing.route import BASE
 from evolora.routing.selector import OracleSelectorConfig
@@ -30,8 +26,12 @@ SMALL: dict[str, Any] = {"num_factors": 6, "r": 2}
 KINDS = pytest.mark.parametrize("kind", ["vilt", "clip"])
 
 
-def layers_of(learner: Learner) -> list[DeLoLayer]:
-    return [layer for layer in learner.method.modules() if isinstance(layer, DeLoLayer)]
+def layers_of(learner: Learner) -> list[FactorLayer]:
+    return [layer for layer in learner.method.modules() if isinstance(layer, FactorLayer)]
+
+
+def pools_of(learner: Learner) -> list[FactorPool]:
+    return [pool for pool in learner.method.modules() if isinstance(pool, FactorPool)]
 
 
 def batch_of(learner: Learner, codes: tuple[int, ...] = (0, 1, 2), *, task: int = 0, rows: int = 6):
@@ -136,11 +136,11 @@ def test_older_pools_and_keys_stay_bit_for_bit(kind: str) -> None:
     """I5: nothing of an older task moves or is in the optimizer."""
     learner = pair_learner(DeLoConfig(**SMALL), kind)
     learner.learn(pair_task(0))
-    before = [stack.all().clone() for pool in learner.method._pools() for stack in pool.stacks()]
-    assert not any(len(stack.active) for pool in learner.method._pools() for stack in pool.stacks())
+    before = [stack.all().clone() for pool in pools_of(learner) for stack in pool.stacks()]
+    assert not any(len(stack.active) for pool in pools_of(learner) for stack in pool.stacks())
     keys = learner.method.selector.keys.all().clone()
     learner.learn(pair_task(1))
-    after = [stack for pool in learner.method._pools() for stack in pool.stacks()]
+    after = [stack for pool in pools_of(learner) for stack in pool.stacks()]
     for stack, old in zip(after, before, strict=True):
         assert torch.equal(stack.all()[: len(old)], old)
     assert torch.equal(learner.method.selector.keys.all()[:1], keys)
@@ -270,9 +270,9 @@ def test_which_answer_learns_from_which(direction: Any, moves: bool) -> None:
     batch = replace(batch_of(learner, (0,)), random=StepRandom(0))
     whole = embedded(learner, batch).requires_grad_()
     perturb(learner)
-    learner.method._consistency(batch, whole, torch.arange(6)).backward()
+    consistency(learner.method, batch, whole, torch.arange(6), direction).backward()
     assert (whole.grad is not None and bool(whole.grad.any())) == moves
-    pools = [pool.B.active.grad for pool in learner.method._pools()]
+    pools = [pool.B.active.grad for pool in pools_of(learner)]
     assert all((grad is not None and bool(grad.any())) != moves for grad in pools)
 
 

@@ -30,7 +30,7 @@ def layer_of(config: MoELoRAConfig, d_in: int = 4, d_out: int = 5) -> MoELoRALay
         tower="language", layer=0, name="a", kind="linear", module=linear, d_in=d_in, d_out=d_out
     )
     layer = MoELoRALayer(site, config, torch.device("cpu"))
-    layer.begin(generator(0))
+    layer.begin_task(lambda: generator(0))
     disturb(layer)
     return layer
 

@@ -21,6 +21,7 @@ from evolora.learner import Learner, Progress
 from evolora.methods.lora import SequentialLoRAConfig
 from evolora.methods.pathweave import PathWeave, PathWeaveConfig
 from evolora.methods.zero_shot import ZeroShotConfig
+from evolora.randomness import StepRandom
 from evolora.routing.route import Route
 from evolora.storage.state import export_state
 from evolora.training.config import TrainingConfig
@@ -311,6 +312,14 @@ def test_faults_of_the_released_code_are_options() -> None:
     projection = "layers.projection/0/projection.bank.B.frozen"
     assert not state[projection].any()
     assert state["layers.qformer/0/attention/query.bank.B.frozen"].std() > 0.01
+    fresh = learner(config=PathWeaveConfig(r=2, init="bert_normal"))
+    for stage in ("video", "audio"):
+        fresh.begin(task(stage))
+        fresh.method.finish_task()
+    state = export_state(fresh.method)
+    assert not state[projection].any(), "that one stands outside of BERT"
+    inner = state["layers.qformer/0/attention/query.inner.weights.0.frozen"]
+    assert inner.any() and inner.std() < 0.05
     learned.begin(task("audio"))
     batch = learned.backbone.collate(list(task("audio").train)[:3], task=1)
     learned.method(batch)["loss"].backward()
@@ -354,6 +363,45 @@ def test_variants_learn_and_keep_too(config: PathWeaveConfig) -> None:
     learned.learn(task("pc"))
     assert torch.equal(answers(learned, "video"), before)
     assert not torch.equal(answers(learned, "pc"), untouched("pc"))
+
+
+def test_without_reuse_a_path_depends_on_no_other() -> None:
+    for reuse in (False, True):
+        learned = learner(config=PathWeaveConfig(r=2, reuse=reuse))
+        for stage in ("video", "audio"):
+            learned.learn(task(stage))
+        before = answers(learned, "audio")
+        for layer in learned.method.layers.values():
+            with torch.no_grad():  # all that belongs to the first path
+                layer.bank.A.frozen[0].add_(1.0)
+                layer.bank.up_bias.frozen[0].add_(1.0)
+        assert torch.equal(answers(learned, "audio"), before) != reuse
+        inside = {name for name, value in export_state(learned.method).items() if value.numel()}
+        assert any(".gates." in name or ".inner." in name for name in inside) == reuse
+
+
+def test_what_is_chosen_of_blocks_and_noise_is_what_there_is() -> None:
+    learned = learner(config=PathWeaveConfig(r=2, layers_to_transform=(1,), gate_noise=False))
+    assert {name.split("/")[1] for name in learned.method.layers if "qformer" in name} == {"1"}
+    assert "projection/0/projection" in learned.method.layers
+    for stage in ("video", "audio"):
+        learned.learn(task(stage))
+    assert not any(".gates.noise" in name for name in export_state(learned.method))
+    batch = learned.backbone.collate(list(task("audio").train)[:3], task=1)
+    losses = [
+        float(learned.method(dataclasses.replace(batch, random=StepRandom(seed)))["loss"])
+        for seed in (1, 2)
+    ]
+    assert losses[0] == losses[1]
+    noisy = learner()
+    for stage in ("video", "audio"):
+        noisy.learn(task(stage))
+    batch = noisy.backbone.collate(list(task("audio").train)[:3], task=1)
+    losses = [
+        float(noisy.method(dataclasses.replace(batch, random=StepRandom(seed)))["loss"])
+        for seed in (1, 2)
+    ]
+    assert losses[0] != losses[1]
 
 
 def test_other_methods_learn_how_a_modality_enters_too() -> None:

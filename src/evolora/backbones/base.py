@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolora.backbones.answer_tokens import Limit, answer_means, token_losses
@@ -103,6 +103,10 @@ class Backbone(FrozenModel):
         for tower in towers or ():
             if tower not in self.towers:
                 raise unknown_name("tower", tower, self.towers)
+
+    def tower_parameters(self, tower: str) -> list[nn.Parameter]:
+        """Return the weights of a tower: those of its blocks, and what else it consists of."""
+        return [weight for block in self.blocks(tower) for weight in block.parameters()]
 
     @property
     def pooler_site(self) -> Site:
@@ -232,13 +236,17 @@ class Backbone(FrozenModel):
             with torch.no_grad(), self.host.disabled():
                 return self.base_pass(part, names)
 
-        known = None if self.has_other_weights else batch.known
+        known = batch.known if not self.has_other_weights or self.stays(names) else None
         if known is None:
             return dict(run(batch))
         results = known.memory.passes.fetch(
             names, known.samples, lambda rows: run(batch.take(rows)), context=self.context()
         )
         return {name: value.to(self.device) for name, value in results.items()}
+
+    def stays(self, names: Sequence[str]) -> bool:
+        """Return whether none of the weights that a method has in place decides these results."""
+        return False
 
     @abstractmethod
     def base_pass(self, batch: Batch, names: Sequence[str]) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ A modality of one's own takes a few lines; the function gets the stock model and
 
 ``backbone.modalities={"thermal": {"encoder": "thermal", "weights": "t.pt"}}`` then names it, or
 ``method.expand(spec)`` hands it to a learner. Packages register by the entry point group
-``evolora.encoders``.
+``evolora.encoders``. Those that are here: :mod:`evolora.backbones.encoders`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolora.errors import ConfigError, DataError
+from evolora.errors import ConfigError
 from evolora.experts.bank import GrowingStack, fresh_rows
 from evolora.registry import ENCODERS
-from evolora.streams.images import read_image, resize_square
 
 OWN = "image"
 """The modality that the model was made for."""
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of image values in [0, 1], where no processor says so (CLIP's, which BLIP-2 uses)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +46,7 @@ class ModalitySpec:
         frames: parts of a sample, which the Q-Former sees one by one.
         cue: text that the language model gets before the soft tokens. The authors' cues carry a
             beginning token each: write it into the cue to have that.
+        augment: changes what ``read`` gave, by a generator, where training augments; None: nothing.
         needs_projection: whether a learned Linear brings d to the Q-Former's width; None: where
             they differ.
         options: what the configuration says of it, for the artefact; empty of one made by hand.
@@ -62,6 +58,7 @@ class ModalitySpec:
     read: Callable[[Any], Tensor]
     frames: int = 1
     cue: str = ""
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     needs_projection: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,6 +85,11 @@ class ModalitySpec:
                 f"{self.width}); got {tuple(found.shape)}"
             )
         return found
+
+
+def default_cue(name: str) -> str:
+    """Return the cue of a modality that is given none; the model's own has no cue."""
+    return "" if name == OWN else f" {name}: "
 
 
 def make_modality(
@@ -167,111 +169,3 @@ class Entry(nn.Module):
         if self.weight is None or self.bias is None:
             return found
         return F.linear(found, self.weight.all()[0], self.bias.all()[0])
-
-
-class Frames(nn.Module):
-    """The model's own image encoder over frames, up to its last norm, of which each path has one.
-
-    Args:
-        vision: ``vision_model`` of a BLIP-2 or InstructBLIP.
-        processor: tells mean and deviation of the values; None takes CLIP's.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, vision: nn.Module, processor: Any = None) -> None:
-        super().__init__()
-        self._vision = (vision,)  # part of the model, not of this
-        images = getattr(processor, "image_processor", None)
-        for name, key, default in (
-            ("mean", "image_mean", MEAN),
-            ("deviation", "image_std", DEVIATION),
-        ):
-            values = torch.tensor(tuple(getattr(images, key, default) or default), device="cpu")
-            self.register_buffer(name, values.view(3, 1, 1))
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Return (b, f, n, d) of uint8 frames (b, f, 3, s, s)."""
-        vision: Any = self._vision[0]
-        images = frames.flatten(0, 1)
-        weight = vision.embeddings.patch_embedding.weight
-        pixels = (images.float() / 255.0 - self.mean) / self.deviation
-        hidden = vision.embeddings(pixels.to(weight.dtype))
-        states: Tensor = vision.encoder(inputs_embeds=hidden).last_hidden_state
-        return states.view(*frames.shape[:2], *states.shape[1:])
-
-
-class AsIs(nn.Module):
-    """No encoder: the samples hold what one has made of them."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the tokens (b, f, n, d)."""
-        return tokens
-
-
-@ENCODERS.register("vision", summary="the model's own image encoder, frame by frame")
-def vision(
-    name: str, model: nn.Module, processor: Any, *, frames: int = 1, cue: str | None = None
-) -> ModalitySpec:
-    """Return a modality of images: one, or several as frames (video; RGB with a depth map).
-
-    Of more images than ``frames``, as many are taken at equal distances; the last of fewer is
-    repeated.
-    """
-    config: Any = model.config
-    size = config.vision_config.image_size
-    side = int(size if isinstance(size, int) else size[0])
-
-    def read(value: Any) -> Tensor:
-        given = list(value) if isinstance(value, list | tuple) else [value]
-        several = isinstance(value, Tensor | np.ndarray) and value.ndim == 4
-        images = list(value) if several else given
-        if not images or (frames == 1 and len(images) > 1):
-            raise DataError(
-                f"{name} takes {'one image' if frames == 1 else 'images'}; got {len(images)}"
-            )
-        last = len(images) - 1
-        places = [round(place * last / max(1, frames - 1)) for place in range(frames)]
-        if len(images) < frames:
-            places = [min(place, last) for place in range(frames)]
-        return torch.stack([resize_square(read_image(images[place]), side) for place in places])
-
-    return ModalitySpec(
-        name=name,
-        encoder=Frames(model.get_submodule("vision_model"), processor),
-        width=int(config.vision_config.hidden_size),
-        read=read,
-        frames=frames,
-        cue=("" if name == OWN else f" {name}: ") if cue is None else cue,
-    )
-
-
-@ENCODERS.register("features", summary="what another encoder made: (frames, tokens, width) arrays")
-def features(
-    name: str,
-    model: nn.Module,
-    processor: Any,
-    *,
-    width: int,
-    tokens: int,
-    frames: int = 1,
-    cue: str | None = None,
-) -> ModalitySpec:
-    """Return a modality whose samples are features, made once by any encoder and kept as .npy."""
-    shape = (frames, tokens, width)
-
-    def read(value: Any) -> Tensor:
-        try:
-            array = np.load(value, allow_pickle=False) if isinstance(value, str) else value
-            found = torch.as_tensor(np.asarray(array)).float()
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{name} features {value!r} cannot be read: {error}") from error
-        if found.dim() == 2:
-            found = found.unsqueeze(0)
-        if tuple(found.shape) != shape:
-            raise DataError(f"{name} features must be {shape}; got {tuple(found.shape)}")
-        return found
-
-    cue = f" {name}: " if cue is None else cue
-    return ModalitySpec(name=name, encoder=AsIs(), width=width, read=read, frames=frames, cue=cue)

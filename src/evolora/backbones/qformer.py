@@ -40,8 +40,16 @@ from evolora.backbones.dialogue import padded_left, padded_right
 from evolora.backbones.families import LANGUAGE, PROJECTION, blocks_of
 from evolora.backbones.frozen import ModelFunction, config_of
 from evolora.backbones.instructions import Instructions
-from evolora.backbones.modalities import OWN, Entry, ModalitySpec, make_modality
-from evolora.backbones.qformer_parts import QFORMER, language_states, linear_sites, shapes_of_towers
+from evolora.backbones.modalities import Entry, ModalitySpec
+from evolora.backbones.qformer_parts import (
+    QFORMER,
+    digest_with,
+    given_modalities,
+    language_states,
+    length_of,
+    linear_sites,
+    shapes_of_towers,
+)
 from evolora.backbones.soft_prompts import token_means
 from evolora.backbones.soft_tokens import SEEN, as_long_as_others, has, prompts
 from evolora.errors import ConfigError, DataError
@@ -114,7 +122,8 @@ class QFormer(TextBackbone):
         self.specs: dict[str, ModalitySpec] = {}
         self.entries: Mapping[str, Entry] = {}
         self._plugged = ("", "")
-        self._add_all(modalities)
+        for spec in given_modalities(self, modalities):
+            self.add_modality(spec)
 
     # -- modalities ------------------------------------------------------------------------------
 
@@ -133,21 +142,6 @@ class QFormer(TextBackbone):
         self.modalities = (*self.specs, "text")
         texts = ("input_ids", "attention_mask", "answer_ids", "asked_ids", "asked_mask")
         self.input_names = (*texts, *self.specs)
-
-    def _add_all(self, given: Mapping[str, Mapping[str, Any]] | Sequence[ModalitySpec]) -> None:
-        specs = (
-            [
-                make_modality(name, options, self.model, self.processor)
-                for name, options in given.items()
-            ]
-            if isinstance(given, Mapping)
-            else list(given)
-        )
-        if OWN not in {spec.name for spec in specs}:
-            image = make_modality(OWN, {"encoder": "vision"}, self.model, self.processor)
-            specs.insert(0, replace(image, options={}))
-        for spec in specs:
-            self.add_modality(spec)
 
     def let_in(self, entries: Mapping[str, Entry]) -> None:
         """Let modalities enter by what a method has learned, where its experts answer them."""
@@ -183,6 +177,17 @@ class QFormer(TextBackbone):
             return [model.language_projection]
         return blocks_of(model.language_model)
 
+    def tower_parameters(self, tower: str) -> list[nn.Parameter]:
+        """Return the weights of a tower, embeddings and norms outside of its blocks included."""
+        whole = {QFORMER: "qformer", PROJECTION: "language_projection", LANGUAGE: "language_model"}
+        return list(self.model.get_submodule(whole[tower]).parameters())
+
+    def stays(self, names: Sequence[str]) -> bool:
+        """Return whether these are of encoders, whose weights are the model's own."""
+        other = self._weights or ()
+        seen = all(name.startswith(SEEN) for name in names)
+        return seen and not any(name.startswith("vision_model.") for name in other)
+
     def sites(
         self,
         kind: SiteKind,
@@ -214,7 +219,8 @@ class QFormer(TextBackbone):
     ) -> Mapping[str, Tensor]:
         """Return what each modality's ``read`` gives, and tokens: "text", "asked", "answer".
 
-        Tokens of a sample without text are called "prompt". Nothing is augmented.
+        Tokens of a sample without text are called "prompt". With ``draw``, a modality is augmented
+        where its specification says how.
         """
         self.check_modalities(example)
         found = self.instructions.prompt(example)
@@ -227,6 +233,8 @@ class QFormer(TextBackbone):
                     prepared[modality] = spec.read(example.inputs[modality])
                 except DataError as error:
                     raise DataError(f"sample {example.key!r}: {error}") from error
+                if draw is not None and spec.augment is not None:
+                    prepared[modality] = spec.augment(prepared[modality], draw)
         answer = self.instructions.answer(example)
         return prepared if answer is None else {**prepared, "answer": answer}
 
@@ -321,8 +329,8 @@ class QFormer(TextBackbone):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what the language model makes of token ids: (..., d)."""
-        model: Any = self.model
-        found: Tensor = self.call(lambda: model.language_model.get_input_embeddings()(ids))
+        language: Any = self.model.get_submodule("language_model")
+        found: Tensor = self.call(lambda: language.get_input_embeddings()(ids))
         return found
 
     def encode(self, batch: Batch, route: Route) -> Tensor:
@@ -379,11 +387,7 @@ class QFormer(TextBackbone):
         state = self.encoders.state_dict()
         seen = f"{own}/{len(self.specs)}/{sum(value._version for value in state.values())}"
         if self._plugged[0] != seen:
-            digest = hashlib.sha256(own.encode())
-            for name, tensor in sorted(state.items()):
-                value = tensor.detach().cpu().contiguous().flatten()
-                digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
-            self._plugged = (seen, digest.hexdigest())
+            self._plugged = (seen, digest_with(own, state))
         return self._plugged[1]
 
     def describe(self) -> dict[str, Any]:
@@ -411,15 +415,7 @@ class QFormer(TextBackbone):
 
     def tokens(self, tower: str) -> int:
         """Return the length of a full sequence of a tower; "vision" is the model's encoder."""
-        number = int(self.queries.shape[0])
-        if tower == "vision":
-            vision = self.config.vision_config
-            count: int = (int(vision.image_size) // int(vision.patch_size)) ** 2 + 1
-            return count
-        if tower == LANGUAGE:
-            return self.text_length
-        asked = self.instructions.asked_limit if self.asks and tower == QFORMER else 0
-        return number + asked
+        return length_of(self, tower)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model and the encoders; the weights stay the same."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from evolora.backbones.blocks import ALL_LINEAR, block_indices, linear_site
 from evolora.backbones.families import LANGUAGE, PROJECTION, linears_of
 from evolora.backbones.frozen import ModelFunction
+from evolora.backbones.modalities import OWN, ModalitySpec, make_modality
 from evolora.errors import unknown_name
 from evolora.experts.sites import Site
 
@@ -25,6 +28,33 @@ PLACES = {
     "crossattention.output": "crossattention",
 }
 """Where a Linear of a Q-Former's attention is -> the attention it is named by."""
+
+
+def given_modalities(
+    backbone: QFormer, given: Mapping[str, Mapping[str, Any]] | Sequence[ModalitySpec]
+) -> list[ModalitySpec]:
+    """Return the modalities that a user names, or gives as they are; the model's own is first.
+
+    Where the user does not name it, the artefact need not either.
+    """
+    model, processor = backbone.model, backbone.processor
+    if isinstance(given, Mapping):
+        specs = [make_modality(name, options, model, processor) for name, options in given.items()]
+    else:
+        specs = list(given)
+    if OWN in {spec.name for spec in specs}:
+        return specs
+    own = make_modality(OWN, {"encoder": "vision"}, model, processor)
+    return [replace(own, options={}), *specs]
+
+
+def digest_with(own: str, plugged: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a model's own digest and the weights of what is plugged into it."""
+    digest = hashlib.sha256(own.encode())
+    for name, tensor in sorted(plugged.items()):
+        value = tensor.detach().cpu().contiguous().flatten()
+        digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def linear_sites(
@@ -94,6 +124,18 @@ def shapes_of_towers(backbone: QFormer) -> dict[str, tuple[ModelFunction, dict[s
         QFORMER: (model.qformer.forward, inputs),
         LANGUAGE: (reader.forward, {"inputs_embeds": prompt}),
     }
+
+
+def length_of(backbone: QFormer, tower: str) -> int:
+    """Return the length of a full sequence of a tower; "vision" is the model's encoder."""
+    if tower == "vision":
+        vision = backbone.config.vision_config
+        count: int = (int(vision.image_size) // int(vision.patch_size)) ** 2 + 1
+        return count
+    if tower == LANGUAGE:
+        return backbone.text_length
+    reads = backbone.asks and tower == QFORMER
+    return int(backbone.queries.shape[0]) + (backbone.instructions.asked_limit if reads else 0)
 
 
 def language_states(backbone: QFormer, embeds: Tensor, mask: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ from evolora.bench.session import Session
 from evolora.bench.settings import Settings
 from evolora.bench.timing import Comparison, Variant
 from evolora.bench.towers import END_TOKEN, LABELS, begin_gradient, build, taught, twin_of
+from evolora.experts.factor_layer import Queries
 from evolora.experts.sites import Site
 from evolora.methods.base import Method
-from evolora.methods.delo import DeLo, DeLoConfig, Queries
+from evolora.methods.delo import DeLo, DeLoConfig
 from evolora.methods.lora import JointLoRA, JointLoRAConfig
 from evolora.randomness import StepRandom, generator
 from evolora.routing.route import BASE, Route

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from evolora.experts.bank import ExpertBank
+from evolora.experts.factor_layer import FactorLayer, Queries
 from evolora.experts.sites import ExpertLayer
-from evolora.methods.delo import DeLoLayer, Queries
 from evolora.methods.moe_adapters import MoELayer
 from evolora.routing.route import Route
 
@@ -123,7 +123,7 @@ class LoopFactorLayer(ExpertLayer):
 
     def __init__(self, layer: nn.Module, queries: Queries) -> None:
         super().__init__()
-        assert isinstance(layer, DeLoLayer)
+        assert isinstance(layer, FactorLayer)
         self.pools, self.alpha, self.queries = copy.deepcopy(layer.pools), layer.alpha, queries
 
     def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:

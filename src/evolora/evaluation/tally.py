@@ -17,6 +17,9 @@ from evolora.backbones.batch import Batch
 from evolora.evaluation.scores import label_marks, macro_f1_of_counts
 from evolora.streams.missing import CODE_NAMES, LOST
 
+BESIDE = ("following", "normalised", "captions", "questions")
+"""What an `Evaluation` may have beside its score, by task in ``routing.json``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -32,6 +35,9 @@ class Evaluation:
         normalised: accuracy of generated answers whatever their form, see
             :mod:`evolora.evaluation.answers.formats`; None as above and where the metric is not
             exact.
+        captions: CIDEr-D of those answers that must be sentences, in [0, 10], beside an exact
+            metric; None where no question asks for one.
+        questions: the exact metric over the other answers; None likewise.
     """
 
     score: float
@@ -40,6 +46,8 @@ class Evaluation:
     by_case: Mapping[str, float]
     following: float | None = None
     normalised: float | None = None
+    captions: float | None = None
+    questions: float | None = None
 
 
 def cases(batch: Batch) -> Tensor:

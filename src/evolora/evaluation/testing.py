@@ -67,6 +67,8 @@ def judge_texts(learner: Learner, task: Task) -> Evaluation:
         by_case=tally.by_case(),
         following=tally.following(),
         normalised=tally.normalised(),
+        captions=tally.captions(),
+        questions=tally.questions(),
     )
 
 

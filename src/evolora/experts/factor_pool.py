@@ -14,6 +14,7 @@ reached) and MixLoRA, arXiv 2402.15896 (independent and conditional factor selec
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,10 @@ class FactorPool(nn.Module):
         conditional = config.cfs_mode != "off"
         self.conditional = GrowingStack(r, d_in, e, device=device) if conditional else None
 
+    def __len__(self) -> int:
+        """Return the number of tasks that have a pool."""
+        return len(self.down_router)
+
     def stacks(self) -> list[GrowingStack]:
         """Return the growing tensors."""
         return [stack for stack in self.children() if isinstance(stack, GrowingStack)]
@@ -157,6 +162,13 @@ class FactorPool(nn.Module):
         e, r = self.config.num_factors, self.config.r
         given = 0 if self.conditional is None else 2 * r * self.d_in * e
         return 4 * e * self.d_query + given + 2 * tokens * r * (self.d_in + self.d_out)
+
+    def parameters_per_task(self) -> int:
+        """Return the number of values that one task's pool stores."""
+        factors = self.config.num_factors * (self.d_in + self.d_out)
+        return factors + sum(
+            math.prod(stack.shape) for stack in self.stacks() if stack not in (self.A, self.B)
+        )
 
     def _taken(self, stack: GrowingStack, factors: Tensor, uniform: int | None) -> Tensor:
         """Return factors (b, r) of the stack, from one task's part of it where that is known."""

@@ -28,7 +28,7 @@ from evolora.methods.entries import entries_of
 from evolora.methods.fitness import check_backbone
 from evolora.methods.heads import heads_of
 from evolora.methods.reservoir import Reservoir
-from evolora.methods.versions import TensorVersions, digest_of
+from evolora.methods.versions import StateVersions
 from evolora.randomness import generator
 from evolora.routing.features import FeatureExtractor
 from evolora.routing.route import BASE, Route
@@ -54,6 +54,8 @@ class Method(nn.Module):
         needs_modalities: True works where modalities are plugged in alone, as in a Q-Former.
         trains: False learns nothing at all.
         counted_as: mark in a tensor's name -> part that ``evolora inspect`` counts it under.
+        regularizers: settings of losses on experts that belong to the method, whatever else a run
+            adds.
 
     Attributes:
         heads: the tasks' linear heads where the backbone has no class-name prompts, else None.
@@ -80,7 +82,8 @@ class Method(nn.Module):
     needs_one_stream: ClassVar[bool] = False
     needs_modalities: ClassVar[bool] = False
     trains: ClassVar[bool] = True
-    counted_as: ClassVar[Mapping[str, str]] = {}
+    counted_as: Mapping[str, str] = {}
+    regularizers: Sequence[Any] = ()
 
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
@@ -101,9 +104,7 @@ class Method(nn.Module):
         self.allocator: Allocator | None = None
         self.objective = Objective()
         self.reuse = True  # what lies below the experts is computed once (training.prefix_cache)
-        self._tensors = TensorVersions()
-        self._version = 0
-        self._route_states: dict[tuple[int, int], str | None] = {}
+        self._tensors = StateVersions()
         self.extractors: dict[str, FeatureExtractor] = {}
 
     # -- learning --------------------------------------------------------------------------------
@@ -148,6 +149,10 @@ class Method(nn.Module):
     def expert_task(self, task: int) -> int:
         """Return the index under which a data task's experts are routed (methods may share one)."""
         return task
+
+    def sources(self, task: int) -> tuple[str, ...]:
+        """Return whose experts a learned gate mixes for a task, its own last; empty: no gate."""
+        return ()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss": total, ...named terms} of a training batch of the current task."""
@@ -362,10 +367,7 @@ class Method(nn.Module):
 
     def _state_version(self) -> int:
         """Return a number that changes with every in-place or whole change of the tensors."""
-        if self._tensors.changed((*self.parameters(), *self.buffers())):
-            self._version = self.backbone.new_state()
-            self._route_states.clear()
-        return self._version
+        return self._tensors.number((*self.parameters(), *self.buffers()), self.backbone.new_state)
 
     def route_tensors(self, task: int) -> Sequence[Tensor] | None:
         """Return every tensor that decides how ``task`` is answered, where that can be told.
@@ -405,13 +407,11 @@ class Method(nn.Module):
     def _route_state(self, pair: tuple[int, int]) -> str | None:
         """Return a digest of all that decides the answers of a task with its helper, or None."""
         self._state_version()  # forgets digests of another state
-        if pair not in self._route_states:
-            parts = [self.route_tensors(task) for task in pair if task != BASE]
-            known = [part for part in parts if part is not None]
-            tensors = [tensor for part in known for tensor in part]
-            found = digest_of(f"{self.config}/{pair}", tensors)
-            self._route_states[pair] = found if len(known) == len(parts) else None
-        return self._route_states[pair]
+        return self._tensors.digest(
+            pair,
+            f"{self.config}/{pair}",
+            lambda: [self.route_tensors(task) for task in pair if task != BASE],
+        )
 
     # -- shared helpers --------------------------------------------------------------------------
 

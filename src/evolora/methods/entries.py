@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from evolora.backbones.modalities import OWN, Entry, ModalitySpec
-from evolora.errors import unknown_name
+from evolora.errors import ConfigError, unknown_name
 from evolora.experts.bank import GrowingStack
 from evolora.randomness import generator
+from evolora.routing.route import BASE
 
 if TYPE_CHECKING:
-    from evolora.backbones.base import Backbone
+    from evolora.backbones.base import Backbone, Batch
     from evolora.backbones.qformer import QFormer
 
 
@@ -125,6 +126,36 @@ def stages(tasks: Sequence[Sequence[str]]) -> dict[str, int]:
 def new_in(tasks: Sequence[Sequence[str]], task: int) -> list[str]:
     """Return the modalities that a task brings."""
     return [modality for modality, first in stages(tasks).items() if first == task]
+
+
+def the_new_one(tasks: Sequence[Sequence[str]], task: int, name: str) -> str | None:
+    """Return the modality that a task brings; None where it has the model's own alone.
+
+    Raises:
+        ConfigError: the task has none that is new, or more than one.
+    """
+    new, seen = new_in(tasks, task), [one for one in tasks[task] if one != "text"]
+    if len(new) > 1:
+        raise ConfigError(
+            f"task {name!r} brings {len(new)} new modalities ({', '.join(new)}); modalities are "
+            "learned one after another"
+        )
+    if not new and OWN not in seen:
+        raise ConfigError(
+            f"task {name!r} has no new modality ({', '.join(seen) or 'none is named'}); the "
+            f"paths of {', '.join(stages(tasks)) or 'none'} are finished and stay as they are"
+        )
+    return new[0] if new else None
+
+
+def newest_stage(tasks: Sequence[Sequence[str]], batch: Batch, device: torch.device) -> Tensor:
+    """Return (b,): the task that taught the newest modality of each row, or BASE."""
+    found = torch.full((len(batch),), BASE, device=device)
+    for modality, task in stages(tasks).items():
+        has = batch.present.get(modality)
+        if has is not None:
+            found = torch.where(has, found.clamp_min(task), found)
+    return found
 
 
 def entries_of(backbone: Backbone, *, seed: int) -> ModalityEntries | None:

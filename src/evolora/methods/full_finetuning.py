@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -29,16 +29,21 @@ class FullFinetuningConfig:
 
     Args:
         type: "full-finetuning".
+        towers: towers whose weights train; None takes all weights, and where modalities are plugged
+            in (a Q-Former, whose encoders are frozen) those of all towers.
     """
 
     type: Literal["full-finetuning"] = "full-finetuning"
+    towers: tuple[str, ...] | None = None
+
+    later: ClassVar[tuple[str, ...]] = ("towers",)
 
 
 @METHODS.register(
     "full-finetuning", summary="sequential full fine-tuning of every weight (forgets)"
 )
 class FullFinetuning(Method):
-    """All weights train on each task in turn."""
+    """All weights train on each task in turn, or those of some towers; the rest is not copied."""
 
     config_class = FullFinetuningConfig
     replaces_weights = True
@@ -47,11 +52,16 @@ class FullFinetuning(Method):
     def __init__(self, config: Any, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__(config, backbone, seed=seed)
         self.selector = AlwaysSelector(0)
+        backbone.check_towers(config.towers)
+        towers = config.towers or (backbone.towers if backbone.takes_modalities else None)
+        chosen = None
+        if towers is not None:
+            chosen = {id(p) for tower in towers for p in backbone.tower_parameters(tower)}
         self.tuned = nn.ParameterDict(
             {
                 name.replace(".", "/"): nn.Parameter(value.detach().clone())
                 for name, value in backbone.model.named_parameters()
-                if name not in FROZEN
+                if name not in FROZEN and (chosen is None or id(value) in chosen)
             }
         )
 

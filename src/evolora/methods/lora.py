@@ -11,7 +11,6 @@ learner itself: no task is told, and each input goes to the nearest one (never t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -24,15 +23,12 @@ from evolora.allocation.settings import AllocationConfig, check_allocation
 from evolora.backbones.base import Backbone
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
-from evolora.experts.layers import SumLayer
-from evolora.experts.merge import AlwaysOn
-from evolora.experts.mixing import mix
 from evolora.experts.sites import Site
+from evolora.experts.task_layer import TaskLayer
 from evolora.methods.base import Method
 from evolora.methods.selectors import use_selector
 from evolora.randomness import generator
 from evolora.registry import METHODS
-from evolora.routing.route import BASE, Route
 from evolora.routing.selector import AlwaysSelector, OracleSelectorConfig
 from evolora.routing.task_keys import TaskKeySelectorConfig
 
@@ -101,8 +97,8 @@ class JointLoRAConfig(LoRAConfig):
     type: Literal["joint-lora"] = "joint-lora"
 
 
-class LoRALayer(SumLayer):
-    """LoRA experts at one Linear; a row's task is its expert, and that of its helper is added.
+class LoRALayer(TaskLayer):
+    """LoRA experts at one Linear, see :class:`TaskLayer`.
 
     Args:
         site: the Linear.
@@ -119,64 +115,7 @@ class LoRALayer(SumLayer):
     ) -> None:
         scale = config.lora_alpha / config.r
         bank = ExpertBank(site.d_in, site.d_out, config.r, scale=scale, device=device)
-        super().__init__(bank, name=site.name, dropout=config.lora_dropout)
-        self.places = places
-
-    def answers(self, task: int | None) -> bool:
-        """Return whether the task has an expert here."""
-        return self.places is None or self.places.anywhere(task)
-
-    def experts(self, route: Route) -> AlwaysOn | tuple[Tensor, Tensor | None]:
-        """Return the task's expert, if it has one here."""
-        if self.places is None:
-            if route.uniform is not None:
-                return AlwaysOn((route.uniform,))
-            return route.tasks.unsqueeze(1), None
-        if route.uniform is None and len(self.bank) > 0:
-            return self.places.of_rows(route.tasks)
-        own = None if route.uniform is None else self.places.of_task(route.uniform)
-        return AlwaysOn(() if own is None else (own,))
-
-    def forward(
-        self, x: Tensor, out: Tensor, route: Route, folded: frozenset[int] = frozenset()
-    ) -> Tensor:
-        """Return out plus the experts of each row's task and of its helper."""
-        out = super().forward(x, out, route, folded)
-        if route.helpers is None or len(self.bank) == 0:
-            return out
-        ids, gates = self._helping(route, route.helpers)
-        return mix(
-            out,
-            x,
-            self.bank,
-            ids,
-            gates,
-            dropout=self.dropout,
-            random=route.random,
-            key=f"{self.name}/helper",  # a draw of its own: that of the task stays what it was
-            formulation=self.formulation,
-            inplace=True,
-        )
-
-    def _helping(
-        self, route: Route, helpers: Tensor
-    ) -> tuple[Tensor | Sequence[int], Tensor | None]:
-        """Return the experts of the rows' helpers and their gates; one helper is looked up free."""
-        helped = (helpers != BASE).unsqueeze(1).to(torch.float32)
-        if len(route.helping) == 1:
-            task = route.helping[0]
-            own = task if self.places is None else self.places.of_task(task)
-            return ((), None) if own is None else ((own,), helped)
-        ids = helpers.clamp_min(0)
-        if self.places is None:
-            return ids.unsqueeze(1), helped
-        experts, here = self.places.of_rows(ids)
-        return experts, helped if here is None else helped * here
-
-    def flops(self, tokens: int) -> int:
-        """Return the extra FLOPs of one row of ``tokens`` tokens, of the newest task."""
-        own = self.places is None or self.places.newest()
-        return self.bank.flops(tokens, 1) if own else 0
+        super().__init__(bank, name=site.name, dropout=config.lora_dropout, places=places)
 
 
 class _LoRA(Method):
@@ -263,16 +202,14 @@ class LoRAPerTask(_LoRA):
         found = [] if self.allocator is None else [self.allocator.experts[task : task + 1]]
         for layer in self.layers.values():
             assert isinstance(layer, LoRALayer)
-            own = task if layer.places is None else layer.places.of_task(task)
-            if own is not None:
-                found += [stack.take(torch.tensor([own])) for stack in layer.bank.stacks()]
+            found += layer.task_tensors(task)
         return found
 
     def finish_task(self) -> None:
         """Freeze the task's expert."""
         for layer in self.layers.values():
             assert isinstance(layer, LoRALayer)
-            layer.bank.freeze(range(len(layer.bank)))
+            layer.finish_task()
 
 
 @METHODS.register("joint-lora", summary="one LoRA trained on all tasks at once (upper bound)")

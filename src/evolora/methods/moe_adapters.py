@@ -31,6 +31,7 @@ Departures from the authors' code (each with the option that brings their behavi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,70 +40,41 @@ from torch import Tensor
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
-from evolora.experts.mixing import mix
-from evolora.experts.sites import ExpertLayer, Site
-from evolora.experts.usage import UsageCounter
+from evolora.experts.pool_layer import PoolConfig, PoolLayer
+from evolora.experts.sites import Site
 from evolora.methods.base import Method
 from evolora.methods.selectors import SelectorConfig, use_selector
-from evolora.randomness import StepRandom, derive_seed, generator
+from evolora.randomness import generator
 from evolora.registry import METHODS
-from evolora.routing.gates import TaskRouters, load_balance
-from evolora.routing.route import Route
 from evolora.routing.selector import AutoEncoderSelectorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEAdaptersConfig:
-    """Settings of MoE-Adapters; defaults are the paper's for MTIL.
+class MoEAdaptersConfig(PoolConfig):
+    """Settings of MoE-Adapters; see :class:`PoolConfig` for those of pool and routers.
 
     Args:
         type: "moe-adapters".
-        num_experts: experts per site at the start (authors: 22).
-        top_k: experts per sample (2).
         r: bottleneck width (64).
         expert: "bottleneck" (ReLU, biases) or "lora" (linear, no biases).
         scale: constant factor of every expert (0.1).
-        dropout: on the bottleneck in training (0.1), in [0, 1).
         towers: towers that get experts; ("vision",) restricts them to images; None takes all.
         layers_to_transform: block indices (negative counts from the top); None takes all.
-        routers: "per-task", or one "shared" by all tasks (class-incremental setting).
-        freeze_top: most used experts per site to freeze when a task ends (2); 0 freezes none.
-        min_free_experts: a new task finds at least so many unfrozen experts; the pool grows to it.
-        text_routing: token a prompt is routed on: its "end" (default) or "start" (authors).
-        noise: noisy gates in training (True).
-        noise_at_test: also at test time (the authors' class-incremental runs); fixed seed.
-        load_balance: weight of CV^2 of the experts' importance (summed gates) plus CV^2 of their
-            load (summed chances to be chosen), per site (authors: 0.01, computed and dropped; 0).
         selector: who recognises the task: "auto-encoder" (DDAS), "task-keys", "oracle", or "none".
     """
 
     type: Literal["moe-adapters"] = "moe-adapters"
-    num_experts: int = 22
-    top_k: int = 2
     r: int = 64
     expert: Literal["bottleneck", "lora"] = "bottleneck"
     scale: float = 0.1
-    dropout: float = 0.1
     towers: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
-    routers: Literal["per-task", "shared"] = "per-task"
-    freeze_top: int = 2
-    min_free_experts: int = 2
-    text_routing: Literal["end", "start"] = "end"
-    noise: bool = True
-    noise_at_test: bool = False
-    load_balance: float = 0.0
     selector: SelectorConfig = field(default_factory=AutoEncoderSelectorConfig)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"top_k must be between 1 and num_experts ({self.num_experts}); got {self.top_k}"
-            )
+        super().__post_init__()
         if self.r < 1:
             raise ConfigError(f"r must be at least 1; got {self.r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
         if self.routers == "per-task" and self.selector.type == "none":
             raise ConfigError(
                 "routers 'per-task' need a selector; use routers 'shared' without one"
@@ -111,7 +83,7 @@ class MoEAdaptersConfig:
             raise ConfigError("routers 'shared' leave nothing to select; use selector type 'none'")
 
 
-class MoELayer(ExpertLayer):
+class MoELayer(PoolLayer):
     """A pool of experts and one router per task, beside one MLP.
 
     Args:
@@ -120,10 +92,8 @@ class MoELayer(ExpertLayer):
     """
 
     def __init__(self, site: Site, config: MoEAdaptersConfig, device: torch.device) -> None:
-        super().__init__()
-        self.name, self.tower, self.config = site.name, site.tower, config
         bottleneck = config.expert == "bottleneck"
-        self.bank = ExpertBank(
+        bank = ExpertBank(
             site.d_in,
             site.d_out,
             config.r,
@@ -132,69 +102,7 @@ class MoELayer(ExpertLayer):
             scale=config.scale,
             device=device,
         )
-        self.routers = TaskRouters(site.d_in, config.num_experts, config.top_k, device=device)
-        self.usage = UsageCounter(config.num_experts)
-        self.usage.replicated = site.tower == "text"
-        self.balance: Tensor | None = None
-
-    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
-        """Return out + the gated experts of each row's task."""
-        start = self.tower == "text" and self.config.text_routing == "start"
-        c = x[:, 0] if start else route.summarize(x)
-        noise = route.random if self.config.noise else None
-        if self.config.noise_at_test and noise is None:
-            noise = StepRandom(derive_seed("noise-at-test", self.name))
-        balancing = route.random is not None and self.config.load_balance > 0
-        gating = self.routers(
-            c,
-            route.tasks,
-            uniform=route.uniform,
-            random=noise,
-            key=self.name,
-            chance=balancing,
-        )
-        ids, gates = gating.ids, gating.gates
-        if route.random is not None:
-            self.usage.add(ids, gates.detach(), forward=route)
-        if balancing:
-            dense = gates.new_zeros(len(gates), len(self.bank)).scatter(1, ids, gates)
-            self.balance = load_balance(dense) + load_balance(gating.chance)
-        return mix(
-            out,
-            x,
-            self.bank,
-            ids,
-            gates,
-            dropout=self.config.dropout,
-            random=route.random,
-            key=self.name,
-            formulation=self.formulation,
-            inplace=True,
-        )
-
-    def flops(self, tokens: int) -> int:
-        """Return the extra FLOPs of one row of ``tokens`` tokens: its router and its experts."""
-        router = 2 * self.routers.d * self.routers.experts
-        return router + self.bank.flops(tokens, self.config.top_k)
-
-    def begin_task(self, draw: torch.Generator) -> None:
-        """Give the task a router and enough unfrozen experts."""
-        if len(self.bank) == 0:
-            self.bank.grow(self.config.num_experts, draw)
-        free = len(self.bank) - len(self.bank.frozen_ids())
-        if free < self.config.min_free_experts:
-            self.bank.grow(self.config.min_free_experts - free, draw)
-            self.routers.widen(len(self.bank), adopt=self.config.routers == "shared")
-            self.usage.widen(len(self.bank))
-        if self.config.routers == "per-task" or len(self.routers) == 0:
-            self.routers.grow(last=self.bank.frozen_ids())
-        self.usage.reset()
-
-    def finish_task(self) -> None:
-        """Freeze the experts this task used most, and its router."""
-        self.bank.freeze(self.usage.most_used(self.config.freeze_top))
-        if self.config.routers == "per-task":
-            self.routers.freeze()
+        super().__init__(site, bank, config, device)
 
 
 @METHODS.register(
@@ -220,7 +128,7 @@ class MoEAdapters(Method):
         """Give every site a router for the task and enough unfrozen experts."""
         for key, layer in self.layers.items():
             assert isinstance(layer, MoELayer)
-            layer.begin_task(generator(self.seed, key, task))
+            layer.begin_task(partial(generator, self.seed, key, task))
 
     def finish_task(self) -> None:
         """Activate-freeze (section 3.2): freeze each site's most used experts and old routers."""

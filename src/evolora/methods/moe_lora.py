@@ -20,23 +20,21 @@ Departures: dropout zeroes units of the bottleneck, as in all LoRAs here, not of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from evolora.backbones.base import Backbone
 from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
-from evolora.experts.mixing import mix
-from evolora.experts.sites import ExpertLayer, Site
+from evolora.experts.sites import Site
+from evolora.experts.token_layer import TokenLayer
 from evolora.methods.base import Method
 from evolora.methods.lora import LoRAConfig
 from evolora.randomness import generator
 from evolora.registry import METHODS
-from evolora.routing.route import Route
 from evolora.routing.selector import AlwaysSelector
-from evolora.routing.token_router import TokenRouter
 
 INIT_STD = 0.01
 """Deviation of a fresh A (CoIN's code)."""
@@ -76,8 +74,8 @@ class MoELoRAConfig(LoRAConfig):
             )
 
 
-class MoELoRALayer(ExpertLayer):
-    """Experts and their router at one Linear.
+class MoELoRALayer(TokenLayer):
+    """Experts and their router at one Linear, see :class:`TokenLayer`.
 
     Args:
         site: the Linear.
@@ -85,46 +83,22 @@ class MoELoRALayer(ExpertLayer):
     """
 
     def __init__(self, site: Site, config: MoELoRAConfig, device: torch.device) -> None:
-        super().__init__()
-        self.name, self.config = site.name, config
-        self.bank = ExpertBank(
+        bank = ExpertBank(
             site.d_in,
             site.d_out,
             config.r // config.num_experts,
             scale=config.lora_alpha / config.r,
             device=device,
         )
-        self.router = TokenRouter(site.d_in, config.num_experts, device=device)
-
-    def begin(self, draw: torch.Generator) -> None:
-        """Make the experts and the router."""
-        self.bank.grow(self.config.num_experts, draw, std=INIT_STD)
-        self.router.grow(draw)
-
-    def forward(self, x: Tensor, out: Tensor, route: Route) -> Tensor:
-        """Return out + the experts as each token weighs them."""
-        gates = self.router(x)
-        ids: Tensor | range = range(self.config.num_experts)
-        if self.config.top_k is not None:
-            top = gates.topk(self.config.top_k, dim=-1)
-            ids, gates = top.indices, top.values / top.values.sum(dim=-1, keepdim=True)
-        return mix(
-            out,
-            x,
-            self.bank,
-            ids,
-            gates,
-            dropout=self.config.lora_dropout,
-            random=route.random,
-            key=self.name,
-            formulation=self.formulation,
-            inplace=True,
+        super().__init__(
+            site,
+            bank,
+            config.num_experts,
+            top_k=config.top_k,
+            dropout=config.lora_dropout,
+            std=INIT_STD,
+            device=device,
         )
-
-    def flops(self, tokens: int) -> int:
-        """Return the extra FLOPs of one row of ``tokens`` tokens: its router and its experts."""
-        active = self.config.top_k or self.config.num_experts
-        return self.router.flops(tokens) + self.bank.flops(tokens, active)
 
 
 @METHODS.register("moe-lora", summary="CoIN's MoELoRA: experts that every token weighs (forgets)")
@@ -152,7 +126,7 @@ class MoELoRA(Method):
             return
         for key, layer in self.layers.items():
             assert isinstance(layer, MoELoRALayer)
-            layer.begin(generator(self.seed, key, task))
+            layer.begin_task(partial(generator, self.seed, key, task))
 
     def expert_task(self, task: int) -> int:
         """Route every task alike: there is one set of experts."""

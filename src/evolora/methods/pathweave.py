@@ -42,7 +42,7 @@ from torch import nn
 
 from evolora.backbones.base import Backbone, Batch, Encoded
 from evolora.backbones.families import PROJECTION
-from evolora.backbones.modalities import OWN, ModalitySpec
+from evolora.backbones.modalities import ModalitySpec
 from evolora.backbones.qformer import QFormer
 from evolora.backbones.qformer_parts import QFORMER
 from evolora.errors import ConfigError
@@ -51,11 +51,11 @@ from evolora.experts.in_adapters import InAdapterKind, InAdapters, InAdapterStar
 from evolora.experts.sites import Site
 from evolora.experts.woven import Mixture, WovenLayer
 from evolora.methods.base import Method
-from evolora.methods.entries import new_in, stages
+from evolora.methods.entries import new_in, newest_stage, stages, the_new_one
 from evolora.randomness import generator
 from evolora.registry import METHODS
 from evolora.routing.path_gates import PathGates
-from evolora.routing.route import BASE, Route
+from evolora.routing.route import Route
 from evolora.routing.selection import Chosen, Selection
 from evolora.routing.selector import Selector
 
@@ -73,7 +73,8 @@ class PathWeaveConfig:
         activation: between the halves of an adapter: "relu", or None as in the released code.
         init: "identity": a new adapter adds nothing, in-adapters start as ``in_adapter_start``;
             "bert_normal": both halves and in-adapters normal of deviation 0.02, as released.
-        reuse: whether a path has the adapters of earlier ones.
+        reuse: whether a path has the adapters of earlier ones, at the projection too; without, it
+            is one adapter per modality and depends on no other.
         in_adapter: "linear" (r -> r), "mlp", "two-linear", or "none": reused as they are.
         in_adapter_start: of a linear one: "identity", "zero", or "normal".
         in_adapter_slots: one for each "pair" (path, source), or for each "source" (released code:
@@ -123,7 +124,7 @@ class PathWeave(Method):
     routing = "task-free"
     writes = True
     needs_modalities = True
-    counted_as: ClassVar[Mapping[str, str]] = {
+    counted_as: Mapping[str, str] = {
         "layers.projection/": "projection_adapters",
         ".inner.": "in_adapters",
         ".gates.": "gates_and_noise",
@@ -162,8 +163,7 @@ class PathWeave(Method):
         Raises:
             ConfigError: the task has none that is new, more than one, or one without an encoder.
         """
-        new = self._new_modality(task)
-        if new is None:
+        if the_new_one(self.task_modalities, task, self.task_names[task]) is None:
             return
         config = self.config
         normal = BERT_STD if config.init == "bert_normal" else None
@@ -177,6 +177,13 @@ class PathWeave(Method):
                 layer.inner.grow(path, draw, start=start, std=BERT_STD)
         self._set_faults()
 
+    def sources(self, task: int) -> tuple[str, ...]:
+        """Return the modalities whose adapters the gate of a task's path mixes, its own last."""
+        new = new_in(self.task_modalities, task)
+        known = self.paths[: self.paths.index(new[0]) + 1] if new else []
+        mixed = self.config.reuse and self.config.mixture == "gate" and len(known) > 1
+        return tuple(known) if mixed else ()
+
     def finish_task(self) -> None:
         """Freeze the path for good, but for in-adapters that paths share."""
         shared = {id(stack) for stack in self._shared_stacks()}
@@ -189,12 +196,8 @@ class PathWeave(Method):
     @torch.no_grad()
     def route(self, batch: Batch, oracle: int | None = None) -> tuple[Encoded | None, Selection]:
         """Return the stage that taught each row's newest modality, or the base."""
-        tasks = torch.full((len(batch),), BASE, device=self.backbone.device)
-        for modality, task in stages(self.task_modalities[: len(self.labels)]).items():
-            has = batch.present.get(modality)
-            if has is not None:
-                tasks = torch.where(has, tasks.clamp_min(task), tasks)
-        return None, Selection(tasks=tasks)
+        tasks = self.task_modalities[: len(self.labels)]
+        return None, Selection(tasks=newest_stage(tasks, batch, self.backbone.device))
 
     def told(self, batch: Batch, experts: int) -> tuple[Encoded | None, Selection]:
         """Return what :meth:`route` does: the modality is known from the input."""
@@ -213,21 +216,6 @@ class PathWeave(Method):
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _new_modality(self, task: int) -> str | None:
-        tasks, name = self.task_modalities, self.task_names[task]
-        new, seen = new_in(tasks, task), [one for one in tasks[task] if one != "text"]
-        if len(new) > 1:
-            raise ConfigError(
-                f"task {name!r} brings {len(new)} new modalities ({', '.join(new)}); pathweave "
-                "learns one after another"
-            )
-        if not new and OWN not in seen:
-            raise ConfigError(
-                f"task {name!r} has no new modality ({', '.join(seen) or 'none is named'}); the "
-                f"paths of {', '.join(self.paths) or 'none'} are finished and stay as they are"
-            )
-        return new[0] if new else None
-
     def _woven(self, site: Site, mixture: Mixture) -> WovenLayer:
         config, device = self.config, self.backbone.device
         inner = gates = None
@@ -241,7 +229,7 @@ class PathWeave(Method):
             site,
             config.r,
             activation=config.activation,
-            reuse=config.reuse or plain,
+            reuse=config.reuse,
             mixture=mixture,
             inner=inner,
             gates=gates,

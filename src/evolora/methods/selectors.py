@@ -17,7 +17,12 @@ from evolora.routing.selector import (
     OracleSelectorConfig,
     Router,
 )
-from evolora.routing.task_keys import TaskKeySelector, TaskKeySelectorConfig
+from evolora.routing.task_keys import (
+    BoundedTaskKeySelector,
+    BoundedTaskKeySelectorConfig,
+    TaskKeySelector,
+    TaskKeySelectorConfig,
+)
 
 SelectorConfig = (
     AutoEncoderSelectorConfig | TaskKeySelectorConfig | OracleSelectorConfig | NoSelectorConfig
@@ -55,9 +60,11 @@ def use_selector(
         )
     elif isinstance(chosen, TaskKeySelectorConfig):
         method.routing = "task-free"
-        method.selector = TaskKeySelector(
-            chosen, len(backbone.modalities), widths["modalities"], device=backbone.device
-        )
+        sizes = len(backbone.modalities), widths["modalities"]
+        if isinstance(chosen, BoundedTaskKeySelectorConfig):
+            method.selector = BoundedTaskKeySelector(chosen, *sizes, device=backbone.device)
+        else:
+            method.selector = TaskKeySelector(chosen, *sizes, device=backbone.device)
     elif isinstance(chosen, OracleSelectorConfig):
         method.routing = "oracle"
         method.selector = OracleSelector()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -41,3 +41,30 @@ class TensorVersions:
                 return False
         self._seen = [(weakref.ref(t), version, address) for t, version, address in now]
         return True
+
+
+class StateVersions(TensorVersions):
+    """Numbers the states of a method's tensors, and keeps digests of parts of the newest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._number = 0
+        self._digests: dict[Hashable, str | None] = {}
+
+    def number(self, tensors: Iterable[Tensor], new: Callable[[], int]) -> int:
+        """Return the number of the state that tensors are in; ``new`` gives one to another."""
+        if self.changed(tensors):
+            self._number = new()
+            self._digests.clear()
+        return self._number
+
+    def digest(
+        self, key: Hashable, text: str, parts: Callable[[], Sequence[Sequence[Tensor] | None]]
+    ) -> str | None:
+        """Return a digest of parts of the state that was numbered last; None where one is None."""
+        if key not in self._digests:
+            found = parts()
+            tensors = [tensor for part in found if part is not None for tensor in part]
+            whole = all(part is not None for part in found)
+            self._digests[key] = digest_of(text, tensors) if whole else None
+        return self._digests[key]

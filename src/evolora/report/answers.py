@@ -23,9 +23,11 @@ def _scores(record: RunRecord) -> Shares:
     return {task: score for task, score in scores if task in known and not np.isnan(score)}
 
 
+_CAPTIONS = "Captions, CIDEr-D × 100"
 MEASURES: tuple[tuple[str, Callable[[RunRecord], Shares]], ...] = (
     ("Accuracy", _scores),
     ("Whatever the format", lambda record: record.final("normalised")),
+    (_CAPTIONS, lambda record: record.final("captions")),
     ("In the format", lambda record: record.final("following")),
     ("… when just learned", lambda record: record.fresh("following")),
 )
@@ -43,12 +45,18 @@ def section(comparison: Comparison) -> list[str]:
         f'<button type="button">{escape(name)}</button></th>'
         for number, name in enumerate(("Method", "Share", *tasks, "Mean"))
     )
-    rows = "".join(_row(group, name, of, tasks) for group in groups for name, of in MEASURES)
+    rows = "".join(
+        _row(group, name, of, tasks)
+        for group in groups
+        for name, of in MEASURES
+        if name != _CAPTIONS or group.value("captions")
+    )
     return [
         "<h2>Instruction following</h2>",
         "<p>Test answers after the last task, in %: right as they stand; right once letter case, "
         "punctuation and words around the answer are put aside (of tasks judged by exact match or "
-        "by option); in the form that the question asked for, right or wrong.</p>",
+        "by option); captions by CIDEr-D, which may pass 100; in the form that the question asked "
+        "for, right or wrong.</p>",
         '<div class="scroll"><table class="sortable"><thead><tr>'
         f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>",
     ]

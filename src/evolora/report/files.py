@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evolora.errors import StorageError
 
@@ -37,6 +37,7 @@ class Step(_Known):
     stored_parameters: int = Field(ge=0)
     stored_bytes: int = Field(ge=0)
     final_loss: float | None = None
+    full_tuning: int = Field(default=0, ge=0)
 
 
 class RunFile(_Known):
@@ -59,12 +60,28 @@ class RunFile(_Known):
     backbone: dict[str, Any] = Field(default_factory=dict)
 
 
+class Sources(_Known):
+    """How much each site of the newest path takes from each path, mean gate weights."""
+
+    paths: tuple[str, ...] = Field(min_length=2)
+    sites: dict[str, tuple[float, ...]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_share_each(self) -> Self:
+        if any(len(shares) != len(self.paths) for shares in self.sites.values()):
+            raise ValueError(f"a site needs a share of each of {', '.join(self.paths)}")
+        return self
+
+
 class AfterTask(_Known):
     """What each task's test set gave after learning ``task``.
 
     ``routes``: which route answered how many samples; ``scores_by_missing``: the score on samples
     that are complete, lack the text, lack the image (names of missing codes); ``following``: the
-    share of answers in the format that was asked for; ``normalised``: accuracy whatever the format.
+    share of answers in the format that was asked for; ``normalised``: accuracy whatever the format;
+    ``captions``: CIDEr-D of the answers that must be sentences, beside an exact metric;
+    ``questions``: that metric over the other answers;
+    ``sources``: what the newest path is mixed from.
     """
 
     task: str
@@ -72,6 +89,9 @@ class AfterTask(_Known):
     scores_by_missing: dict[str, dict[str, float]] = Field(default_factory=dict)
     following: dict[str, float] = Field(default_factory=dict)
     normalised: dict[str, float] = Field(default_factory=dict)
+    captions: dict[str, float] = Field(default_factory=dict)
+    questions: dict[str, float] = Field(default_factory=dict)
+    sources: Sources | None = None
 
 
 class TowerExperts(_Known):
@@ -130,8 +150,13 @@ def read(path: Path, model: type[Model]) -> Model:
         raise StorageError(f"{path}: missing; a finished run has it") from error
     except (OSError, ValueError) as error:
         raise StorageError(f"{path}: cannot be read as JSON ({error})") from error
+    return checked(data, model, path)
+
+
+def checked(data: Any, model: type[Model], where: Path | str) -> Model:
+    """Return what was read as JSON, checked; StorageError names ``where`` and the fields."""
     if isinstance(data, Mapping) and data.get("format_version") not in (1, None):
-        raise StorageError(f"{path}: format {data['format_version']!r} is not readable; known: 1")
+        raise StorageError(f"{where}: format {data['format_version']!r} is not readable; known: 1")
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -139,4 +164,4 @@ def read(path: Path, model: type[Model]) -> Model:
             f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
             for fault in error.errors()[:3]
         )
-        raise StorageError(f"{path}: {faults}") from error
+        raise StorageError(f"{where}: {faults}") from error

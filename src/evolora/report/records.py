@@ -19,6 +19,8 @@ from evolora.streams.missing_manifest import missing_settings
 
 BASE = "base"  # the route of a sample that no expert answers
 
+Beside = Literal["following", "normalised", "captions", "questions"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
@@ -97,6 +99,7 @@ class RunRecord:
             **self.missing_scores(),
             "following": _mean(self.final("following").values()),
             "normalised": _mean(self.final("normalised").values()),
+            "captions": _mean(self.final("captions").values()),
         }
 
     def missing_scores(self) -> dict[str, float | None]:
@@ -124,11 +127,11 @@ class RunRecord:
         after = self.routing.after if self.routing else ()
         return next((one for one in after if one.task == last), None)
 
-    def final(self, what: Literal["following", "normalised"]) -> dict[str, float]:
-        """Return task -> share of answers in the demanded format, or accuracy whatever it is."""
+    def final(self, what: Beside) -> dict[str, float]:
+        """Return task -> one of what is kept beside the scores, see ``AfterTask``."""
         return dict(getattr(self.end, what)) if self.end else {}
 
-    def fresh(self, what: Literal["following", "normalised"]) -> dict[str, float]:
+    def fresh(self, what: Beside) -> dict[str, float]:
         """Return the same of each task when it was just learned."""
         after = self.routing.after if self.routing else ()
         found = {one.task: getattr(one, what).get(one.task) for one in after}

@@ -17,7 +17,7 @@ batch, and never updates them. The shared covariance is that of streaming discri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,6 +67,27 @@ class TaskKeySelectorConfig:
             raise ConfigError(f"shrinkage must be in (0, 1]; got {self.shrinkage}")
         if self.group_size < 1:
             raise ConfigError(f"group_size must be at least 1; got {self.group_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedTaskKeySelectorConfig(TaskKeySelectorConfig):
+    """Task keys that may leave an input to the base; see :class:`TaskKeySelectorConfig`.
+
+    Args:
+        quantile: share of held-out samples of a task that must be accepted, in (0, 1]; what is
+            farther from its nearest key than these goes to the base. None: nothing does.
+        margin: factor on that distance; test inputs drift further than held-out ones.
+    """
+
+    quantile: float | None = None
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantile is not None and not 0.0 < self.quantile <= 1.0:
+            raise ConfigError(f"quantile must be in (0, 1], or null; got {self.quantile}")
+        if not self.margin > 0:
+            raise ConfigError(f"margin must be positive; got {self.margin}")
 
 
 class TaskKeySelector(Selector):
@@ -169,6 +190,47 @@ class TaskKeySelector(Selector):
         return torch.stack(
             [moving_average(one[~one.isnan().any(1)], self.config.decay) for one in train.unbind(1)]
         )
+
+
+class BoundedTaskKeySelector(TaskKeySelector):
+    """Task keys with a distance for each, beyond which an input is the base's.
+
+    A distance is measured when its task ends. With ``metric: mahalanobis`` later tasks change the
+    covariance, and so what a distance means, a little: an old one is not measured again.
+    """
+
+    def __init__(
+        self,
+        config: BoundedTaskKeySelectorConfig,
+        modalities: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, modalities, width, device=device)
+        self.bounds = GrowingStack(device=device)
+
+    def learn(self, task: int, train: Tensor, held_out: Tensor, seed: int) -> None:
+        """Keep the key, and how far held-out samples (n, m, f) of the task are from it."""
+        super().learn(task, train, held_out, seed)
+        assert isinstance(self.config, BoundedTaskKeySelectorConfig)
+        bound = torch.inf
+        if self.config.quantile is not None:
+            away = -self.nearness(held_out.to(self.keys.active.device))[:, -1]
+            least = 0.0 if self.whitening is not None else -1.0  # of the nearest input there can be
+            away = torch.quantile(away[away.isfinite()].float() - least, self.config.quantile)
+            bound = float(away) * self.config.margin + least
+        self.bounds.grow(torch.tensor([bound]))
+        self.bounds.freeze(range(len(self.bounds)))
+
+    def select(self, features: Mapping[str, Tensor], rows: int, oracle: int | None) -> Selection:
+        """Return the nearest learned task of each row, or BASE where none is near enough."""
+        found = super().select(features, rows, oracle)
+        if len(self.keys) == 0:
+            return found
+        away = -self.nearness(features["modalities"]).gather(1, found.tasks.unsqueeze(1))[:, 0]
+        bounds = self.bounds.all().to(away)[found.tasks]
+        return replace(found, tasks=found.tasks.masked_fill(~(away <= bounds), BASE))
 
 
 def moving_average(rows: Tensor, decay: float, size: int = EMA_ROWS) -> Tensor:

@@ -124,6 +124,32 @@ def random_resized_crop(
     return _torch_resize(part, (size, size), interpolation).contiguous()
 
 
+def random_crop_frames(
+    frames: Tensor,
+    generator: torch.Generator,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    flip: bool = False,
+) -> Tensor:
+    """Return the same random part of all frames (f, 3, h, w), resized to their size.
+
+    Frames of a video, or a picture and its depth map, stay aligned.
+
+    Args:
+        frames: uint8 (f, 3, h, w).
+        generator: the only source of randomness.
+        scale: lowest and highest share of the area, in (0, 1].
+        ratio: lowest and highest width / height.
+        flip: whether half of the results are mirrored, left to right.
+    """
+    top, left, height, width = _random_box(frames.shape[-2:], generator, scale, ratio)
+    mirrored = flip and bool(torch.rand((), generator=generator) < 0.5)
+    parts = frames[:, :, top : top + height, left : left + width]
+    found = functional.interpolate(parts, size=frames.shape[-2:], mode="bicubic", antialias=True)
+    return found.flip(-1) if mirrored else found
+
+
 def _random_box(
     shape: torch.Size,
     generator: torch.Generator,

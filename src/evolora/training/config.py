@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from evolora.errors import ConfigError
 
@@ -13,7 +13,10 @@ CHOICES = {
     "mixed_precision": ("no", "bf16"),
     "prefix_cache": ("auto", "off", "ram", "file"),
     "prefix_cache_dtype": ("auto", "float32", "float16"),
+    "lr_scheduler_type": ("cosine", "legacy"),
 }
+LEGACY_START, LEGACY_EPOCHS = 1e-8, 40
+"""Rate before the first step, and the horizon of the cosine, of :func:`legacy_rate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,12 @@ class TrainingConfig:
             file, float32 in memory.
         prefix_cache_dir: folder of the file; None is the system's temporary folder.
         report_to: accelerate trackers ("tensorboard", "trackio", "wandb"); JSONL is always written.
+        lr_scheduler_type: "cosine", or "legacy" as PathWeave's released code has it, see
+            :func:`legacy_rate`.
+        steps_per_epoch: of "legacy": steps between its rates (published: 1000; audio and point
+            clouds 5000).
+        known_tasks: what the model is taken to know: these tasks are tested, and stored as learned,
+            but no step is made on them.
     """
 
     max_steps: int = 1000
@@ -70,6 +79,12 @@ class TrainingConfig:
     prefix_cache_dtype: Literal["auto", "float32", "float16"] = "auto"
     prefix_cache_dir: str | None = None
     report_to: tuple[str, ...] = ()
+    lr_scheduler_type: Literal["cosine", "legacy"] = "cosine"
+    steps_per_epoch: int = 1000
+    known_tasks: tuple[str, ...] = ()
+
+    later: ClassVar[tuple[str, ...]] = ("lr_scheduler_type", "steps_per_epoch", "known_tasks")
+    """Settings that came later: at their defaults they are left out of a run's hash."""
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -78,6 +93,7 @@ class TrainingConfig:
             "gradient_accumulation_steps",
             "save_steps",
             "logging_steps",
+            "steps_per_epoch",
         )
         faults = [
             f"{name} must be at least 1; got {getattr(self, name)}"
@@ -132,3 +148,25 @@ def learning_rate(step: int, *, base: float, warmup: int, total: int) -> float:
     if step < warmup:
         return base * (step + 1) / warmup
     return 0.5 * base * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def legacy_rate(step: int, *, base: float, warmup: int, epoch: int) -> float:
+    """Return the rate of optimizer step ``step`` (from 0) by PathWeave's released code (LAVIS).
+
+    Inner epoch k has ``epoch`` steps. In the first one the rate rises from 1e-8 to ``base`` over
+    ``warmup`` steps and stays there; in a later one it is base * (1 + cos(pi * k / 40)) / 2 at all
+    of its steps, however long training lasts, and zero from k = 40 on.
+    """
+    k = min(step // epoch, LEGACY_EPOCHS)
+    if k > 0:
+        return 0.5 * base * (1 + math.cos(math.pi * k / LEGACY_EPOCHS))
+    start = min(LEGACY_START, base)
+    return base if step >= warmup else start + (base - start) * step / warmup
+
+
+def rate_of(config: TrainingConfig, step: int, *, base: float, total: int) -> float:
+    """Return the rate of optimizer step ``step`` of ``total`` by the configured schedule."""
+    warmup = config.warmup_steps
+    if config.lr_scheduler_type == "legacy":
+        return legacy_rate(step, base=base, warmup=warmup, epoch=config.steps_per_epoch)
+    return learning_rate(step, base=base, warmup=warmup, total=total)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,8 @@ from evolora.config import RunConfig, load_stream
 from evolora.errors import StorageError, StreamError, unknown_name
 from evolora.evaluation.cost import Cost
 from evolora.evaluation.matrix import Matrix
+from evolora.evaluation.sources import SourceShares
+from evolora.evaluation.tally import BESIDE
 from evolora.evaluation.testing import largest_score
 from evolora.learner import Learner, Progress
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
@@ -128,9 +131,10 @@ class ContinualRun:
             regularizers=config.regularizers,
         )
         names = [task.name for task in self.stream]
-        for name in config.training.learning_rates:
-            if name not in names:
-                raise unknown_name("task in training.learning_rates", name, names)
+        for setting in ("learning_rates", "known_tasks"):
+            for name in getattr(config.training, setting):
+                if name not in names:
+                    raise unknown_name(f"task in training.{setting}", name, names)
         counts = [len(task.test) for task in self.stream]
         largest = [largest_score(task) for task in self.stream]
         self.record = Record(matrix=Matrix.empty(names, counts, largest))
@@ -189,13 +193,15 @@ class ContinualRun:
         scores: dict[str, float] = {}
         routes: dict[str, dict[str, int]] = {}
         cases: dict[str, dict[str, float]] = {}
-        forms: dict[str, dict[str, float]] = {"following": {}, "normalised": {}}
+        forms: dict[str, dict[str, float]] = {name: {} for name in BESIDE}
+        sources = SourceShares(self.learner.method, index)
         by_task = self.stream.label_protocol == "task"
         space, offsets = (None, []) if by_task else seen_labels(tasks[: index + 1])
         whole = by_task and self.learner.backbone.answers != "heads"
         for position, task in enumerate(tasks if whole else tasks[: index + 1]):
             offset = 0 if by_task else offsets[position]
-            result = self.learner.evaluate(task, labels=space, offset=offset)
+            with sources.noted() if position == index else nullcontext():
+                result = self.learner.evaluate(task, labels=space, offset=offset)
             scores[task.name], routes[task.name] = result.score, dict(result.routes)
             cases[task.name] = dict(result.by_case)
             for name, found in forms.items():
@@ -206,6 +212,8 @@ class ContinualRun:
         if any(set(found) - {CODE_NAMES[COMPLETE]} for found in cases.values()):
             entry["scores_by_missing"] = cases
         entry.update({name: found for name, found in forms.items() if found})
+        if drawn := sources.to_json(self.learner.summed):
+            entry["sources"] = drawn
         self.record.routes.append(entry)
 
     def _note(self, name: str, loss: float | None, learning: float, testing: float) -> None:
@@ -217,6 +225,10 @@ class ContinualRun:
             **cost,
             "final_loss": loss,
         }
+        method = self.learner.method
+        if method.entries is not None:
+            newest = len(method.task_names) - 1
+            entry["full_tuning"] = method.entries.full_tuning(method.task_modalities, newest)
         self.record.history.append(entry)
         for key, counter in self.learner.method.counters().items():
             tower = key.split("/")[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from evolora.backbones.base import Backbone, Batch
 from evolora.errors import EvoloraError
 from evolora.methods.base import Method
-from evolora.training.config import TrainingConfig, learning_rate
+from evolora.training.config import TrainingConfig, rate_of
 from evolora.training.progress import Reporter
 from evolora.training.regularised import OWN, Regularised
 
@@ -100,9 +100,7 @@ def train_task(
     stream = run.batches(start)
     with reporter.bar(run.title, run.total_steps, start) as bar:
         for step in range(start, run.total_steps):
-            rate = learning_rate(
-                step, base=run.base_rate, warmup=config.warmup_steps, total=run.total_steps
-            )
+            rate = rate_of(config, step, base=run.base_rate, total=run.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             if regularised is not None:

@@ -7,6 +7,7 @@ import pickle
 import pytest
 
 from evolora.errors import DataError
+from evolora.evaluation.answers.formats import parse_formats
 from evolora.evaluation.answers.tally import Answered, AnswerTally
 from evolora.registry import ANSWER_METRICS
 
@@ -64,3 +65,21 @@ def test_a_batch_that_does_not_fit_and_an_empty_tally_are_refused() -> None:
         tally.add([0, 1], ["a"], [["a"], ["b"]])
     with pytest.raises(DataError, match="no answers to judge"):
         tally.score()
+
+
+def test_captions_and_short_answers_are_judged_apart() -> None:
+    formats = parse_formats("words:1|sentence")
+    tally = AnswerTally(ANSWER_METRICS.get("exact-match"), formats)
+    answers = [
+        ("chair", ("chair",)),
+        ("a red chair", ("chair",)),
+        ("A red chair turning left.", ("A red chair turning left.",)),
+        ("A blue table.", ("A green lamp going away.",)),
+    ]
+    tally.add(range(4), [said for said, _ in answers], [right for _, right in answers])
+    assert tally.questions() == pytest.approx(1 / 2) and tally.score() == pytest.approx(2 / 4)
+    alone = CIDER.score([said for said, _ in answers[2:]], [right for _, right in answers[2:]])
+    assert tally.captions() == pytest.approx(alone.mean) and alone.mean > 4.0
+    for other in (AnswerTally(CIDER, formats), AnswerTally(ANSWER_METRICS.get("exact-match"))):
+        other.add(range(4), [said for said, _ in answers], [right for _, right in answers])
+        assert other.captions() is None and other.questions() is None

@@ -11,9 +11,11 @@ from evolora.evaluation.answers.contract import AnswerMetric, References, Scores
 from evolora.evaluation.answers.formats import (
     NORMALISED,
     AnswerFormat,
+    demanded,
     follows,
     normalised_match,
 )
+from evolora.registry import ANSWER_METRICS
 from evolora.streams.missing import CODE_NAMES, COMPLETE
 
 
@@ -115,9 +117,33 @@ class AnswerTally:
         right = [normalised_match(self.formats, one.prediction, one.references) for one in answered]
         return math.fsum(right) / len(right)
 
+    def captions(self) -> float | None:
+        """Return the CIDEr-D of the answers that must be sentences, of an exact metric's task.
+
+        Document frequencies come from the references of these samples alone. None where no sample
+        asks for a sentence, or another metric judges.
+        """
+        asked = self._sentences(wanted=True)
+        return None if not asked else _mean(ANSWER_METRICS.get("cider-d"), asked)
+
+    def questions(self) -> float | None:
+        """Return the exact metric's mean over the other answers, where there are captions too."""
+        others = self._sentences(wanted=False)
+        return _mean(self.metric, others) if others and self._sentences(wanted=True) else None
+
     def answered(self) -> list[Answered]:
         """Return the answers in the order of the test set."""
         return [self._answered[row] for row in sorted(self._answered)]
+
+    def _sentences(self, *, wanted: bool) -> list[Answered]:
+        """Return the answers of an exact metric that must be sentences, or the others."""
+        if self.metric.name not in NORMALISED or not self.formats:
+            return []
+        return [
+            one
+            for one in self.answered()
+            if (demanded(self.formats, one.references).name == "sentence") == wanted
+        ]
 
     def _scores(self) -> Scores:
         answered = self.answered()
@@ -127,3 +153,8 @@ class AnswerTally:
 
     def _enter(self, one: Answered) -> None:
         self._answered.setdefault(one.row, one)
+
+
+def _mean(metric: AnswerMetric, answered: Sequence[Answered]) -> float:
+    texts, references = zip(*((one.prediction, one.references) for one in answered), strict=True)
+    return metric.score(texts, references).mean

@@ -133,8 +133,8 @@ class _Questions:
         """Returns the content of `instructions.safetensors`; several answers are lines."""
         columns = self.columns.items()
         return {
-            **_packed("", self.files),
-            **_packed("text_", [text.encode() for text in self.texts]),
+            **packed("", self.files),
+            **packed("text_", [text.encode() for text in self.texts]),
             **{name: np.asarray(values, dtype=_COLUMNS[name]) for name, values in columns},
         }
 
@@ -145,7 +145,8 @@ def few_colors(image: Image.Image) -> Image.Image:
     return image.quantize(_COLORS, method=Image.Quantize.MEDIANCUT, dither=plain).convert("RGB")
 
 
-def _packed(name: str, parts: Sequence[bytes]) -> dict[str, NDArray[Any]]:
+def packed(name: str, parts: Sequence[bytes]) -> dict[str, NDArray[Any]]:
+    """Returns the parts one after another, and where each begins and the last one ends."""
     return {
         f"{name}bytes": np.frombuffer(b"".join(parts), dtype=np.uint8),
         f"{name}offsets": np.cumsum([0, *map(len, parts)], dtype=np.int32),

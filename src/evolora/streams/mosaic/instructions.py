@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evolora.registry import STREAMS
-from evolora.streams.mosaic.reading import SPLITS, decode_image, read_packed
+from evolora.streams.mosaic.reading import SPLITS, decode_image, packed_text, read_packed
 from evolora.streams.sampling import generator, row_index
 from evolora.streams.task import Example, LabelSpace, Stream, Task
 
@@ -45,20 +45,15 @@ class PackedQuestions:
 
     def __getitem__(self, index: int) -> Example:
         row = int(self.rows[row_index(index, len(self))])
-        inputs: dict[str, Any] = {"text": self._words("question", row)}
+        inputs: dict[str, Any] = {"text": packed_text(self.packed, "question", row)}
         if not self.blind:
             inputs["image"] = decode_image(self.packed, int(self.packed["picture"][row]))
-        answers = tuple(self._words("answers", row).split("\n"))
+        answers = tuple(packed_text(self.packed, "answers", row).split("\n"))
         return Example(inputs=inputs, label=answers, key=f"{self.name}/{row}")
 
     def group(self, index: int) -> str:
         """Return what a question must not share with one of another split, by name."""
         return self.families[int(self.packed["family"][self.rows[index]])]
-
-    def _words(self, column: str, row: int) -> str:
-        place = int(self.packed[column][row])
-        start, stop = self.packed["text_offsets"][place : place + 2].tolist()
-        return self.packed["text_bytes"][start:stop].numpy().tobytes().decode()
 
 
 @STREAMS.register(
@@ -86,14 +81,14 @@ def load(
         seed: chooses what a limit keeps.
     """
     packed, info = read_packed(root, "instructions")
-    limits = {"train": limit, "val": limit, "test": _smaller(limit, test_limit)}
+    limits = {"train": limit, "val": limit, "test": smaller(limit, test_limit)}
     tasks = []
     for index, task in enumerate(info["tasks"]):
         data = {}
         for number, split in enumerate(SPLITS):
             chosen = (packed["task"] == index) & (packed["split"] == number)
             name = f"{task['name']}/{split}"
-            rows = _limited(torch.nonzero(chosen).squeeze(1), limits[split], seed, name)
+            rows = limited(torch.nonzero(chosen).squeeze(1), limits[split], seed, name)
             data[split] = PackedQuestions(packed, rows, info["families"], name, blind)
         tasks.append(
             Task(
@@ -115,12 +110,14 @@ def load(
     return stream if order is None else stream.reordered(order)
 
 
-def _smaller(limit: int | None, other: int | None) -> int | None:
+def smaller(limit: int | None, other: int | None) -> int | None:
+    """Return the smaller of two limits; None is no limit."""
     known = [one for one in (limit, other) if one is not None]
     return min(known, default=None)
 
 
-def _limited(rows: Tensor, limit: int | None, seed: int, purpose: str) -> Tensor:
+def limited(rows: Tensor, limit: int | None, seed: int, purpose: str) -> Tensor:
+    """Return at most ``limit`` of the rows, chosen by the seed, in their order."""
     if limit is None or len(rows) <= limit:
         return rows
     order = torch.randperm(len(rows), generator=generator(seed, f"{purpose}/limit"))

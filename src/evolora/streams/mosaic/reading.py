@@ -24,9 +24,20 @@ FORMATS = ("PNG", "WEBP")
 def decode_image(packed: dict[str, Tensor], row: int) -> Tensor:
     """Return one picture of a packed file, uint8 (3, height, width)."""
     start, stop = packed["offsets"][row : row + 2].tolist()
-    encoded = packed["bytes"][start:stop].numpy().tobytes()
+    return decode_bytes(packed["bytes"][start:stop].numpy().tobytes())
+
+
+def decode_bytes(encoded: bytes) -> Tensor:
+    """Return a picture, uint8 (3, height, width)."""
     pixels = np.asarray(Image.open(io.BytesIO(encoded), formats=FORMATS).convert("RGB"))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def packed_text(packed: dict[str, Tensor], column: str, row: int) -> str:
+    """Return the text that a column of a packed file names in a row."""
+    place = int(packed[column][row])
+    start, stop = packed["text_offsets"][place : place + 2].tolist()
+    return packed["text_bytes"][start:stop].numpy().tobytes().decode()
 
 
 def read_packed(root: str | Path | None, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -81,7 +81,8 @@ def test_the_stock_model_and_processor_answer_the_same(backbone: QFormer) -> Non
     examples = about_colors(4)
     for example, said in zip(examples, written(backbone, examples), strict=True):
         given = {"images": example.inputs["image"], "text": example.inputs["text"]}
-        tokens = model.generate(**processor(**given, return_tensors="pt"), max_new_tokens=12)
+        inputs = processor(**given, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :]
         assert processor.batch_decode(tokens, skip_special_tokens=True)[0].strip() == said
 
 

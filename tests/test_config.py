@@ -379,3 +379,24 @@ def test_baselines_are_trained_as_long_and_under_the_same_table_as_delo(folder: 
         training = replace(config.training, learning_rate=wanted.training.learning_rate)
         same = (config.stream, training, config.seed)
         assert same == (wanted.stream, wanted.training, wanted.seed), path
+
+
+def test_baselines_of_modalities_start_alike_and_are_trained_as_long_as_pathweave() -> None:
+    """What may differ is the method, its rate, and that joint training sees images too."""
+    folder = CONFIGS / "mosaic" / "modalities"
+    wanted = read_config(folder / "pathweave.yaml")
+    assert wanted.training.known_tasks == ("image",)
+    assert wanted.backbone.modalities is not None
+    assert [*wanted.backbone.modalities] == ["video", "audio", "depth", "pc"]
+    found = {path.stem: read_config(path) for path in folder.glob("*.yaml")}
+    assert len(found) >= 9
+    for name, config in found.items():
+        known = () if name.startswith("joint") else ("image",)
+        assert config.training.known_tasks == known, name
+        training = replace(
+            config.training,
+            learning_rate=wanted.training.learning_rate,
+            known_tasks=wanted.training.known_tasks,
+        )
+        same = (config.backbone, config.stream, training, config.evaluation, config.seed)
+        assert same == (wanted.backbone, wanted.stream, wanted.training, wanted.evaluation, 0), name

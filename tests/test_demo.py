@@ -20,6 +20,7 @@ CHOSEN = {
     "zero-shot": ["digits", "shapes"],
     "sequential-lora": ["digits", "shapes"],
     "missing-delo": ["animals", "furniture"],
+    "modalities-pathweave": ["image", "audio"],
 }
 Configs = Callable[..., dict[str, RunConfig]]
 
@@ -45,8 +46,9 @@ def test_the_demo_compares_the_main_job_with_its_baselines_at_equal_steps() -> N
         {"zero-shot", "linear-probe", "full-finetuning", "sequential-lora", "lora-per-task"}
         | {"joint-lora", "moe-adapters"},
         {"missing-linear-probe", "missing-sequential-lora", "missing-delo"},
+        {"modalities-sequential-lora", "modalities-pathweave"},
     ]
-    assert set(configs) == parts[0] | parts[1]
+    assert set(configs) == set.union(*parts)
     for names in parts:
         part = [configs[name] for name in names]
         assert len({config.training.max_steps for config in part}) == 1
@@ -76,6 +78,9 @@ def test_demo_runs_reports_asks_and_keeps_what_is_finished(
         ("text",),
     ]
     assert {answer["task"] for answer in asked["answers"]} <= {"animals", "furniture"}
+    assert [one["modality"] for one in shown["heard"]] == ["image", "audio"]
+    assert [one["answer"]["task"] for one in shown["heard"]] == ["image", "audio"]
+    assert "Modality after modality" in page
     result.print()
     printed = capsys.readouterr().out
     assert "No text" in printed and f'"{asked["text"]}"' in printed

@@ -1,9 +1,10 @@
 """``evolora demo``: the main job on the embedded model and data, offline, all methods.
 
-Two parts: image domains (``demo.yaml``), then image + text with either one missing
-(``demo_missing.yaml``). Each method is an ordinary run (``runs/demo/METHOD``) in a process of its
-own with one thread, as many at a time as there are cores. A demo that was interrupted goes on; a
-finished run is kept.
+Three parts: image domains (``demo.yaml``), image + text with either one missing
+(``demo_missing.yaml``), and a model of images that learns video and sound
+(``demo_modalities.yaml``). Each method is an ordinary run (``runs/demo/METHOD``) in a process of
+its own with one thread, as many at a time as there are cores. A demo that was interrupted goes on;
+a finished run is kept.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ from evolora.training.progress import terminal_progress
 if TYPE_CHECKING:
     from evolora.config import RunConfig
     from evolora.demo_missing import Asked
+    from evolora.demo_modalities import Heard
     from evolora.report.records import RunRecord
     from evolora.streams.task import Stream
     from evolora.training.samples import Samples
 
-MISSING = "missing-"
-PARTS = {"": ROOT / "demo.yaml", MISSING: ROOT / "demo_missing.yaml"}
+MISSING, MODALITIES = "missing-", "modalities-"
+PARTS = {
+    "": ROOT / "demo.yaml",
+    MISSING: ROOT / "demo_missing.yaml",
+    MODALITIES: ROOT / "demo_modalities.yaml",
+}
 """How the names of a part's runs begin -> its file."""
 POLL_SECONDS = 0.5
 
@@ -44,12 +50,14 @@ class DemoResult:
     Args:
         runs: method -> run folder, in the order of the tables.
         asked: what DeLo answered, if it is among the runs.
+        heard: what PathWeave answered, if it is among the runs.
         report: HTML page.
         seconds: wall time of this call.
     """
 
     runs: Mapping[str, Path]
     asked: Asked | None
+    heard: Sequence[Heard]
     report: Path
     seconds: float
 
@@ -66,25 +74,35 @@ class DemoResult:
         return {
             "runs": {name: summary(record.matrix) for name, record in self.records().items()},
             "asked": self.asked and self.asked.to_json(),
+            "heard": [one.to_json() for one in self.heard],
             "report": str(self.report),
             "seconds": round(self.seconds, 1),
         }
 
     def print(self) -> None:
-        """Print the tables, what DeLo answered, and where the report is."""
+        """Print the tables, what DeLo and PathWeave answered, and where the report is."""
         from rich.console import Console
 
         from evolora.demo_missing import print_missing
+        from evolora.demo_modalities import print_modalities
         from evolora.report.tables import summary_table
 
-        console, records = Console(), self.records()
-        second = {name: record for name, record in records.items() if name.startswith(MISSING)}
-        first = [record for name, record in records.items() if name not in second]
-        if first:
-            console.print(summary_table(first))
-        if second:
-            print_missing(list(second.values()), self.asked, console)
+        console = Console()
+        parts: dict[str, list[RunRecord]] = {prefix: [] for prefix in PARTS}
+        for name, record in self.records().items():
+            parts[part_of(name)].append(record)
+        if parts[""]:
+            console.print(summary_table(parts[""]))
+        if parts[MISSING]:
+            print_missing(parts[MISSING], self.asked, console)
+        if parts[MODALITIES]:
+            print_modalities(parts[MODALITIES], self.heard, console)
         console.print(f"report: {self.report}  ({self.seconds:.0f} s)", soft_wrap=True)
+
+
+def part_of(name: str) -> str:
+    """Return how the names of a run's part begin."""
+    return next((prefix for prefix in (MISSING, MODALITIES) if name.startswith(prefix)), "")
 
 
 def demo_configs(methods: Sequence[str] | None = None, seed: int = 0) -> dict[str, RunConfig]:
@@ -127,6 +145,7 @@ def run_demo(
         progress: show one bar per method.
     """
     from evolora.demo_missing import ask
+    from evolora.demo_modalities import ask_each
     from evolora.report.page import write_report
 
     start = time.perf_counter()
@@ -134,10 +153,13 @@ def run_demo(
     make_folder(out)
     folders = {name: out / name for name in configs}
     _run_all(configs, folders, progress)
-    delo = f"{MISSING}delo"
-    asked = ask(folders[delo], configs[delo].stream) if delo in folders else None
+    delo, paths = f"{MISSING}delo", f"{MODALITIES}pathweave"
     result = DemoResult(
-        runs=folders, asked=asked, report=out / "report.html", seconds=time.perf_counter() - start
+        runs=folders,
+        asked=ask(folders[delo], configs[delo].stream) if delo in folders else None,
+        heard=ask_each(folders[paths], configs[paths].stream) if paths in folders else [],
+        report=out / "report.html",
+        seconds=time.perf_counter() - start,
     )
     write_report(list(result.records().values()), result.report, "Evolora demo")
     return replace(result, seconds=time.perf_counter() - start)
@@ -228,7 +250,8 @@ def _total_steps(config: RunConfig) -> int:
     from evolora.config import load_stream
 
     options = {key: value for key, value in config.stream.items() if key != "name"}
-    return len(load_stream(str(config.stream["name"]), **options)) * config.training.max_steps
+    tasks = len(load_stream(str(config.stream["name"]), **options))
+    return (tasks - len(config.training.known_tasks)) * config.training.max_steps
 
 
 def _standing(folder: Path) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from tests.backbones.qformers import SIDE, qformer
 from torch import Tensor
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+from evolora.assets import ROOT, embedded_backbones, embedded_encoders
 from evolora.backbones.encoders.pointnet import PointNet, PointNetConfig, save_pointnet
 from evolora.backbones.modalities import ModalitySpec, make_modality
 from evolora.backbones.qformer import QFormer
@@ -79,7 +80,8 @@ def test_whisper_takes_the_first_rows_of_its_positions_and_pools(checkpoint: Pat
     assert both.shape == (2, 2, 10, 16)
     torch.testing.assert_close(both[0, 0], single[0, 0].view(10, 5, 16).mean(1))
     table: Any = plain.encoder.get_submodule("encoder.embed_positions")
-    assert table.weight.shape == (50, 16)
+    stock = WhisperForConditionalGeneration.from_pretrained(checkpoint)
+    assert torch.equal(table.weight, stock.model.encoder.embed_positions.weight[:50])
 
 
 def test_a_folder_with_the_encoder_alone_is_enough(checkpoint: Path, tmp_path: Path) -> None:
@@ -206,3 +208,18 @@ def test_a_pair_is_augmented_alike_and_only_where_training_augments() -> None:
     assert len({found.sum().item() for found in drawn}) > 1
     with pytest.raises(ConfigError, match="augment must be one of none, crop, crop-flip"):
         plug("depth", encoder="depth", augment="flop")
+
+
+def test_embedded_encoders_are_small_and_no_backbones() -> None:
+    assert embedded_encoders() == ["audio-tiny", "pointnet-tiny"]
+    assert not set(embedded_encoders()) & set(embedded_backbones())
+    for name, limit in (("audio-tiny", 800_000), ("pointnet-tiny", 500_000)):
+        assert sum(file.stat().st_size for file in (ROOT / name).iterdir()) < limit
+    low, high = (wave(1.5) * scale for scale in (0.1, 1.0))
+    sounds = plug("audio", encoder="whisper", weights="audio-tiny", seconds=1.5)
+    with torch.no_grad():
+        found = sounds.tokens(torch.stack([sounds.read(low), sounds.read(high)]))
+        clouds = plug("pc", encoder="pointnet")
+        tokens = clouds.tokens(clouds.read(torch.rand(600, 6))[None])
+    assert found.shape == (2, 1, 75, 96) and bool(found.isfinite().all())
+    assert tokens.shape == (1, 1, 16, 128) and bool(tokens.isfinite().all())

@@ -228,6 +228,10 @@ def test_noise_is_drawn_in_training_with_the_deviation_of_the_specification() ->
     noisy = gates(x, 1, random=StepRandom(3), key="site").log()
     spread = (noisy[..., 0] - noisy[..., 1]) / 2**0.5  # the difference of two draws
     assert float(spread.detach().std()) == pytest.approx(0.70315, abs=0.01)
+    drawn = StepRandom(3).normal("site/gate", tuple(noisy.shape), noisy)
+    torch.testing.assert_close(
+        noisy.exp(), torch.softmax(0.70315 * drawn, dim=-1), atol=2e-5, rtol=0
+    )
     assert torch.equal(gates(x, 1, random=StepRandom(3), key="site").log(), noisy)
     torch.testing.assert_close(noisy.exp().sum(-1), torch.ones(1, 20000))
     quiet = PathGates(2, noise=False)

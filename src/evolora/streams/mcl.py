@@ -6,7 +6,8 @@ each a JSON list or JSON Lines of rows {"<modality>": file, "question": text, "a
 texts, "id"}; files are named relative to the modality's folder, a list of files is several frames
 (a depth sample: the picture and its depth map), and a row may name files of further modalities. A
 caption is the answer to a request for one. How a file is read is its encoder's matter
-(:mod:`evolora.backbones.modalities`).
+(:mod:`evolora.backbones.modalities`). Data sets in the layouts in which they are published are
+named by ``sources``, see :mod:`evolora.streams.mcl_published`.
 
 Order: that of PathWeave's code and of arXiv 2410.20178; its abstract in the proceedings has depth
 before audio (``order``). The first task is what the base model knows.
@@ -22,6 +23,7 @@ from typing import Any
 from evolora.errors import StreamError, unknown_name
 from evolora.registry import STREAMS
 from evolora.streams.conversations import setting_of
+from evolora.streams.mcl_published import published
 from evolora.streams.own_conversations import json_rows
 from evolora.streams.own_csv import refuse_bad
 from evolora.streams.sampling import read_all, user_path
@@ -53,6 +55,7 @@ def load(
     metric: str | Mapping[str, str] = "exact-match",
     max_new_tokens: int | Mapping[str, int] = MAX_NEW_TOKENS,
     limit: int | None = None,
+    sources: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Stream:
     """Return the stream of a folder; files are read when a sample is prepared.
 
@@ -62,17 +65,24 @@ def load(
         metric: of all tasks, or modality -> its own: a metric of generated texts.
         max_new_tokens: longest answer, of all tasks, or modality -> its own.
         limit: rows of each split, at most, the first ones.
+        sources: modality -> data sets in a published layout, in place of a folder in ours; paths
+            are relative to the root.
 
     Raises:
+        ConfigError: a source names something unknown.
         StreamError: a folder or file is missing, or rows are bad, each named by its line.
     """
     base = DEFAULT_ROOT if root is None else user_path(root)
     there = sorted(place.name for place in base.iterdir()) if base.is_dir() else []
+    named = dict(sources or {})
     for modality in order:
-        if modality not in there:
+        if modality not in there and modality not in named:
             raise StreamError(f"{unknown_name('modality folder', modality, there)} in {base}")
 
     def read(modality: str) -> dict[str, list[Example]]:
+        if modality in named:
+            found = published(base, modality, list(named[modality]))
+            return {split: rows[:limit] for split, rows in found.items()}
         folder = base / modality
         files = {split: folder / f"{split}.json" for split in ("train", "val", "test")}
         return {

@@ -76,6 +76,16 @@ def test_big_triangles_get_more_points_than_small_ones(tmp_path: Path) -> None:
     assert not torch.equal(cloud, read_points(path, points=2_000, seed=1))
 
 
+def test_points_are_even_over_a_triangle(tmp_path: Path) -> None:
+    path = tmp_path / "one.obj"
+    path.write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    cloud = read_points(path, points=8_000)
+    # Of an even distribution over the unit right triangle: variances 1/18, covariance -1/36.
+    found = torch.cov(cloud[:, :2].T)
+    expected = torch.tensor([[1 / 18, -1 / 36], [-1 / 36, 1 / 18]])
+    torch.testing.assert_close(found, expected, atol=3e-3, rtol=0)
+
+
 def test_vertices_of_an_obj_may_be_coloured(tmp_path: Path) -> None:
     path = tmp_path / "points.obj"
     path.write_text("# cloud\nv 0 0 0 1 0 0\nv 2 0 0 0 1 0\n")
@@ -91,6 +101,8 @@ def test_points_are_thinned_or_repeated_to_the_number(tmp_path: Path) -> None:
     fewer, more = read_points(values, points=6), read_points(torch.from_numpy(values), points=25)
     assert len({tuple(row) for row in fewer.tolist()}) == 6
     assert len(more) == 25 and len({tuple(row) for row in more.tolist()}) == 10
+    np.savez(tmp_path / "cloud.npz", values)  # as LAVIS keeps Objaverse
+    assert torch.equal(read_points(tmp_path / "cloud.npz"), read_points(path))
     grey = read_points(path, colours=True)
     assert grey.shape == (10, 6) and bool((grey[:, 3:] == 0.5).all())
 
@@ -104,6 +116,9 @@ def test_what_is_no_cloud_is_named(tmp_path: Path) -> None:
     np.save(objects, np.array([{}, {}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="cannot read the point cloud"):
         read_points(objects)
+    np.savez(tmp_path / "two.npz", a=np.zeros((4, 3)), b=np.zeros(2))
+    with pytest.raises(DataError, match=r"holds 2 arrays \(a, b\); expected 1"):
+        read_points(tmp_path / "two.npz")
     for name, text, reason in (
         ("a.obj", "v 0 0\n", "fewer than 3 numbers"),
         ("b.obj", "v 0 0 0\nv 1 0 zero\n", "line 2, 'v 1 0 zero'"),

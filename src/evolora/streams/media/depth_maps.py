@@ -8,6 +8,7 @@ nearest to its farthest; where nothing was measured (0, NaN, infinite) it is 0.
 from __future__ import annotations
 
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def read_depth(
 def _array(source: Any) -> NDArray[Any]:
     try:
         found = np.load(source, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"cannot read the depth map {str(source)!r}: {error}") from error
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
         raise DataError(f"the depth map {str(source)!r} must hold numbers (h, w)")

@@ -45,7 +45,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "video": Kind("a video", "videos", (".mp4", ".webm", ".mkv", ".mov", ".avi")),
         "sound": Kind("a sound", "sounds", (".wav", ".flac", ".ogg", ".opus", ".mp3")),
         "points": Kind("a point cloud or mesh", "point clouds and meshes", (".ply", ".obj")),
-        "array": Kind("an array", "arrays", (".npy",)),
+        "array": Kind("an array", "arrays", (".npy", ".npz")),
     }
 )  # fmt: skip
 TAKES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -63,7 +63,7 @@ _NAMED = 5
 _STARTS = {
     b"\x89PNG": "picture", b"\xff\xd8\xff": "picture", b"GIF8": "picture", b"fLaC": "sound",
     b"OggS": "sound", b"ID3": "sound", b"\x1aE\xdf\xa3": "video", b"ply\n": "points",
-    b"ply\r": "points", b"\x93NUMPY": "array",
+    b"ply\r": "points", b"\x93NUMPY": "array", b"PK\x03\x04": "array",
 }  # fmt: skip
 _CONTAINED = {b"WEBP": "picture", b"WAVE": "sound", b"AVI ": "video"}
 _BRANDS = {b"avif": "picture", b"avis": "picture", b"heic": "picture", b"M4A ": "sound"}

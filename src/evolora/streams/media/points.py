@@ -1,7 +1,8 @@
 """One way to read a point cloud: a given number of points, centred, with or without colours.
 
-``.npy`` holds (n, 3), or (n, 6) with colours in [0, 1]; ``.ply`` and ``.obj`` hold vertices, or a
-mesh, of which points are drawn by area. Units are kept. Draws are the same each time.
+``.npy`` (or one array in ``.npz``) holds (n, 3), or (n, 6) with colours in [0, 1]; ``.ply`` and
+``.obj`` hold vertices, or a mesh, of which points are drawn by area. Units are kept. Draws are the
+same each time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -122,11 +124,16 @@ def _cloud(values: NDArray[Any], name: str) -> Shape:
 def _array(path: Path) -> NDArray[Any]:
     try:
         found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"cannot read the point cloud {str(path)!r}: {error}") from error
     if isinstance(found, np.ndarray):
         return found
-    raise DataError(f"{str(path)!r} holds several arrays; a point cloud is one, in .npy")
+    with found:
+        if len(found.files) != 1:
+            names = ", ".join(found.files)
+            raise DataError(f"{str(path)!r} holds {len(found.files)} arrays ({names}); expected 1")
+        one: NDArray[Any] = found[found.files[0]]
+        return one
 
 
 def _is_ply(path: Path) -> bool:

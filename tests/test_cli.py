@@ -72,7 +72,7 @@ def test_ls_json_is_a_list_of_names_and_summaries(kind: str) -> None:
         },
         "backbones": {
             *("dual-encoder", "vilt", "image-text", "qformer"),
-            *("clip-tiny", "vilt-tiny", "llava-tiny"),
+            *("clip-tiny", "vilt-tiny", "llava-tiny", "qformer-tiny"),
         },
         "metrics": {"cider-d", "exact-match", "vqa-accuracy"},
         "regularizers": {"resora"},

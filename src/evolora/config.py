@@ -27,7 +27,7 @@ class BackboneConfig:
 
     Args:
         name_or_path: hub name, local folder, or embedded name ("clip-tiny", "vilt-tiny",
-            "llava-tiny").
+            "llava-tiny", "qformer-tiny").
         revision: hub revision.
         type: a name of ``evolora ls backbones`` ("clip-fusion"), or "auto": by the model.
         text_length: longest text in tokens; None is the model's own. ViLT's table of positions is

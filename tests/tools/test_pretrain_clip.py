@@ -59,7 +59,8 @@ def write_corpus(folder: Path, names: Sequence[str]) -> Path:
     np.save(folder / "images.npy", np.stack(pictures))
     group, family = (label % 2).astype(np.uint8), (np.arange(32) // 4).astype(np.int16)
     np.savez(folder / "labels.npz", name=label, group=group, family=family)
-    head = {"groups": ["emoji", "icons"], "names": list(names)}
+    families = ["plain", "fluent", "third", "fourth", "fifth", "sixth", "seventh", "eighth"]
+    head = {"groups": ["emoji", "icons"], "names": list(names), "families": families}
     (folder / "corpus.json").write_text(json.dumps(head))
     return folder
 

@@ -57,10 +57,11 @@ def staged(out: Path, model: PreTrainedModel, *processors: Any) -> Iterator[Path
         config["dtype"] = "float32"  # stored in half precision, but CPUs compute faster in single
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         yield staging
-        out.mkdir(exist_ok=True)
-        for file in sorted(staging.iterdir()):
+        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+            target = out / file.relative_to(staging)
+            target.parent.mkdir(exist_ok=True)
             file.chmod(0o644)
-            os.replace(file, out / file.name)
+            os.replace(file, target)
     finally:
         shutil.rmtree(staging)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from clip_pretraining.corpus import Corpus
-from evolora.backbones.image_text import ImageText
+from evolora.backbones.base import TextBackbone
 from evolora.backbones.loading import load_backbone
 from evolora.evaluation.answers.boxes import overlap, read_box
 from evolora.evaluation.answers.short import exact_match, token_f1
@@ -98,7 +98,7 @@ def of_suite(domains: Path, count: int, seed: int) -> dict[str, list[Asked]]:
     return found
 
 
-def answers(backbone: ImageText, asked: Sequence[Asked]) -> list[str]:
+def answers(backbone: TextBackbone, asked: Sequence[Asked]) -> list[str]:
     """Returns what the model writes."""
     examples = [
         Example(
@@ -116,14 +116,14 @@ def answers(backbone: ImageText, asked: Sequence[Asked]) -> list[str]:
 
 
 def scores(
-    folder: Path, questions: dict[str, list[Asked]]
+    folder: Path, questions: dict[str, list[Asked]], *, type: str = "image-text"
 ) -> tuple[list[dict[str, Any]], dict[str, list[tuple[str, str, str]]]]:
     """Returns a row per format in percent, and examples (question, answer, said) of each.
 
     "swapped" is what the same questions score where each has the picture of the next.
     """
-    backbone = load_backbone(str(folder), type="image-text")
-    assert isinstance(backbone, ImageText)
+    backbone = load_backbone(str(folder), type=type)
+    assert isinstance(backbone, TextBackbone)
     rows, seen = [], {}
     for name, asked in questions.items():
         judge = judged(name)

@@ -91,7 +91,7 @@ def load_backbone(
 ) -> Backbone:
     """Return a backbone from a hub name, a local folder or an embedded name.
 
-    Embedded are "clip-tiny", "vilt-tiny" and "llava-tiny".
+    Embedded are "clip-tiny", "vilt-tiny", "llava-tiny" and "qformer-tiny".
 
     Args:
         name_or_path: where the model is.

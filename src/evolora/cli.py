@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from evolora.cli_compare import compare
 from evolora.cli_data import data_app
 from evolora.cli_eval import evaluate
 from evolora.cli_parts import AsJson, Quiet, learner_of, print_json
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt, without a word
             _fail(
-                "interrupted; `evolora run` goes on from its last checkpoint with --resume",
+                "interrupted; `evolora run` goes on from its last checkpoint with --resume, "
+                "`evolora compare` by itself",
                 INTERRUPTED,
             )
         raise
@@ -120,6 +122,7 @@ def run(
         _print_runs([folder], as_json)
 
 
+app.command("compare")(compare)
 app.command("eval")(evaluate)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from evolora.evaluation.testing import largest_score
 from evolora.learner import Learner, Progress
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
 from evolora.storage.files import read_json, sweep_temporary, write_json
+from evolora.storage.lock import locked
 from evolora.storage.state import export_state, load_state
 from evolora.streams.missing import CODE_NAMES, COMPLETE
 from evolora.streams.task import LabelSpace, Stream, Task
@@ -146,8 +148,14 @@ class ContinualRun:
         """Learn and evaluate the whole stream; return the accuracy matrix.
 
         Raises:
-            StorageError: the folder holds another run, or one that would be overwritten.
+            StorageError: the folder holds another run, or one that would be overwritten, or
+                another process is at this run.
         """
+        main = self.accelerator.is_main_process
+        with locked(self.folder, "run") if main else nullcontext():
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> Matrix:
         first, progress = self._start(resume)
         tasks = list(self.stream)
         if first >= len(tasks):

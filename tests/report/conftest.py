@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.report.browser import Browser, find_browser
 
 from evolora.evaluation.matrix import Matrix
 
@@ -141,3 +142,17 @@ def all_methods(make_run):
     folders = [make_run(name) for name in METHODS]
     folders += [make_run(name, seed=s) for s in (1, 2) for name in ("lora", "moe-adapters")]
     return folders
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Return a browser; tests that need it are skipped where none is installed."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    try:
+        browser = Browser(program, tmp_path_factory.mktemp("browser"))
+    except (OSError, RuntimeError) as fault:
+        pytest.skip(f"{program} does not start: {fault}")
+    yield browser
+    browser.close()

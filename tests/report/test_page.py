@@ -159,6 +159,23 @@ def test_the_same_runs_give_the_same_bytes(all_methods, tmp_path):
     assert page_of(all_methods, tmp_path / "1") == page_of(all_methods, tmp_path / "2")
 
 
+def test_a_browser_shows_sorts_and_fits_the_page(browser, all_methods, tmp_path):
+    page_of(all_methods, tmp_path)
+    page = tmp_path / "out" / "report.html"
+    for width in (1200, 400):
+        browser.open(page, width=width)
+        browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        assert browser.faults == [] and browser.loads == [page.resolve().as_uri()]
+        assert browser.run("document.documentElement.scrollWidth") <= width
+    browser.click("table.sortable th:nth-child(4) button")
+    last = browser.run(
+        "[...document.querySelector('table.sortable').tBodies[0].rows]"
+        ".map(row => parseFloat(row.cells[3].dataset.value))"
+    )
+    assert len(last) == 7 and last == sorted(last, reverse=True)
+    assert browser.pdf().startswith(b"%PDF")
+
+
 def test_no_run_is_refused_and_writes_nothing(tmp_path):
     with pytest.raises(ConfigError, match="at least one run"):
         write_report([], tmp_path / "r.html")

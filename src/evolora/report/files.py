@@ -131,8 +131,13 @@ def read(path: Path, model: type[Model]) -> Model:
         raise StorageError(f"{path}: missing; a finished run has it") from error
     except (OSError, ValueError) as error:
         raise StorageError(f"{path}: cannot be read as JSON ({error})") from error
+    return checked(data, model, path)
+
+
+def checked(data: Any, model: type[Model], where: Path | str) -> Model:
+    """Return what was read as JSON, checked; StorageError names ``where`` and the fields."""
     if isinstance(data, Mapping) and data.get("format_version") not in (1, None):
-        raise StorageError(f"{path}: format {data['format_version']!r} is not readable; known: 1")
+        raise StorageError(f"{where}: format {data['format_version']!r} is not readable; known: 1")
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -140,4 +145,4 @@ def read(path: Path, model: type[Model]) -> Model:
             f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
             for fault in error.errors()[:3]
         )
-        raise StorageError(f"{path}: {faults}") from error
+        raise StorageError(f"{where}: {faults}") from error

@@ -10,13 +10,13 @@ from evolora.report.style import CSS, JS
 from evolora.report.tables import Column, Comparison, Unit, Value, text_of
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """Return a self-contained HTML page with the report's style sheet and script."""
+def page(title: str, body: Iterable[str], style: str = "") -> str:
+    """Return a self-contained HTML page with the report's style sheet, some more, and script."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'  # or the browser asks a server for one
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}{style}</style></head>\n<body>\n"
         + "\n".join(body)
         + f"\n<script>{JS}</script>\n</body></html>\n"
     )

@@ -67,7 +67,9 @@ details { margin: 12px 0; } summary { cursor: pointer; }
 details dt { font-size: 14px; color: var(--ink); font-weight: 600; margin-top: 8px; }
 @media print { body { max-width: none; padding: 0; font-size: 12px; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  .scroll { overflow: visible; } h2 { break-after: avoid; } th button::after { content: ""; }
+  .scroll { overflow: visible; } th button::after { content: ""; }
+  h2, h3, h2 + p, summary, .legend { break-after: avoid; } .scroll, tr { break-inside: avoid; }
+  thead { display: table-header-group; } th:first-child, td:first-child { position: static; }
   :root { --page: #fff; --ink: #111; --soft: #444; --rule: #ccc; --best: #0b6b3a; --none: #bbb; } }
 """
 
@@ -82,11 +84,14 @@ CSS = (
 )
 
 # Sorts a table by the clicked column; cells without a value go last in both directions.
+# What is folded is printed too: paper cannot be unfolded.
 JS = """
 document.querySelectorAll("table.sortable").forEach(function (table) {
   var heads = table.querySelectorAll("thead th");
   heads.forEach(function (head, column) {
-    head.querySelector("button").addEventListener("click", function () {
+    var button = head.querySelector("button");
+    if (!button) { return; }
+    button.addEventListener("click", function () {
       var first = head.dataset.first || "ascending";
       var other = first === "ascending" ? "descending" : "ascending";
       var order = head.getAttribute("aria-sort") === first ? other : first;
@@ -104,5 +109,13 @@ document.querySelectorAll("table.sortable").forEach(function (table) {
       rows.forEach(function (row) { table.tBodies[0].appendChild(row); });
     });
   });
+});
+var folded = [];
+window.addEventListener("beforeprint", function () {
+  folded = Array.from(document.querySelectorAll("details:not([open])"));
+  folded.forEach(function (one) { one.open = true; });
+});
+window.addEventListener("afterprint", function () {
+  folded.forEach(function (one) { one.open = false; });
 });
 """

@@ -58,15 +58,34 @@ def compare(
     else:
         from rich.console import Console
 
+        from evolora.sweep.results import FILE, PAGE
         from evolora.sweep.table import print_comparison
 
         print_comparison(value, Console())
-        print(f"comparison: {folder / 'comparison.json'}")
+        print(f"comparison: {folder / FILE}, {folder / PAGE}")
     failed = unfinished(value)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
+
+
+def report_comparison(folder: Path, page: Path, as_json: bool) -> None:
+    """Write the page of a comparison once more, elsewhere, and print its tables."""
+    from rich.console import Console
+
+    from evolora.report.comparison import write_comparison_page
+    from evolora.storage.files import read_json
+    from evolora.sweep.results import FILE
+    from evolora.sweep.table import print_comparison
+
+    value = read_json(folder / FILE, kind="comparison")
+    write_comparison_page(value, page)
+    if as_json:
+        print_json(value)
+        return
+    print_comparison(value, Console())
+    print(f"report: {page}")
 
 
 def _seeds(words: str) -> list[int] | None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from evolora.config import load_stream
 from evolora.errors import EvoloraError
 from evolora.registry import METHODS
+from evolora.report.comparison import write_comparison_page
 from evolora.report.missing import COLUMNS as MISSING_COLUMNS
 from evolora.report.records import RunRecord
 from evolora.report.tables import COLUMNS, Column
@@ -23,7 +24,7 @@ from evolora.sweep.cells import OUTPUT
 from evolora.sweep.grid import BEST, DEFAULT_ORDER, Cell, Grid
 from evolora.sweep.statistics import LEVEL, paired_difference, stream_ranks, summarize
 
-FILE = "comparison.json"
+FILE, PAGE = "comparison.json", "comparison.html"
 FORMAT = 1
 State = Literal["finished", "failed", "not applicable", "waiting"]
 Key = tuple[str, int]
@@ -75,9 +76,10 @@ class CellResult:
 
 
 def write_comparison(grid: Grid, results: Sequence[CellResult], out: Path) -> dict[str, Any]:
-    """Write ``comparison.json`` and return its content."""
+    """Write ``comparison.json`` and its page; return the content."""
     value = comparison_of(grid, results)
     write_json(out / FILE, value)
+    write_comparison_page(value, out / PAGE)
     return value
 
 

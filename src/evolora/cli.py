@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from evolora.cli_compare import compare, report_comparison
 from evolora.cli_data import data_app
 from evolora.cli_eval import evaluate
 from evolora.cli_parts import AsJson, Quiet, print_json
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt, without a word
             _fail(
-                "interrupted; `evolora run` goes on from its last checkpoint with --resume",
+                "interrupted; `evolora run` goes on from its last checkpoint with --resume, "
+                "`evolora compare` by itself",
                 INTERRUPTED,
             )
         raise
@@ -121,6 +123,7 @@ def run(
         _print_runs([folder], as_json)
 
 
+app.command("compare")(compare)
 app.command("eval")(evaluate)
 
 
@@ -129,12 +132,17 @@ app.command("predict")(predict)
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="run folders, or the folder of one comparison")
+    ],
     out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="heading")] = "Evolora report",
     as_json: AsJson = False,
 ) -> None:
-    """Write one self-contained HTML page of tables and figures about runs."""
+    """Write one self-contained HTML page of tables and figures about runs, or of a comparison."""
+    if len(runs) == 1 and (runs[0] / "comparison.json").exists():
+        report_comparison(runs[0], out, as_json)
+        return
     from evolora.report.page import write_report
     from evolora.report.records import RunRecord
 

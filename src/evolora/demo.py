@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from evolora.assets import ROOT
 from evolora.errors import unknown_name
-from evolora.storage.files import make_folder, read_json
+from evolora.storage.files import make_folder
 from evolora.training.progress import terminal_progress
+from evolora.training.standing import is_finished, standing
 
 if TYPE_CHECKING:
     from evolora.config import RunConfig
@@ -183,7 +184,7 @@ def _run_all(configs: Mapping[str, RunConfig], folders: Mapping[str, Path], prog
             for _ in _until_done(list(jobs.values())):
                 for name, task in tasks.items():
                     if bars is not None and task is not None:
-                        steps, note = _standing(folders[name])
+                        steps, note = standing(folders[name])
                         bars.update(task, completed=steps, note=note)
             for job in jobs.values():
                 job.result()
@@ -214,7 +215,7 @@ def _one(config: Mapping[str, Any], folder: Path) -> None:
     from evolora.training.continual import ContinualRun
 
     settings = parse_config(config)
-    if _finished(folder, settings):
+    if is_finished(folder, settings):
         return
     stream, samples = _shared(json.dumps(settings.stream), json.dumps(asdict(settings.backbone)))
     run = ContinualRun(settings, folder, stream=stream, backbone=samples.backbone, samples=samples)
@@ -238,36 +239,9 @@ def _shared(stream: str, backbone: str) -> tuple[Stream, Samples]:
     return load_stream(**json.loads(stream)), Samples(model, memory)
 
 
-def _finished(folder: Path, config: RunConfig) -> bool:
-    """Return whether the folder holds this very run, complete."""
-    if not (folder / "evolora.json").exists() or not (folder / "run.json").exists():
-        return False
-    record = read_json(folder / "run.json", kind="run")
-    return bool(record.get("finished")) and record.get("config_hash") == config.hash()
-
-
 def _total_steps(config: RunConfig) -> int:
     from evolora.config import load_stream
 
     options = {key: value for key, value in config.stream.items() if key != "name"}
     tasks = len(load_stream(str(config.stream["name"]), **options))
     return (tasks - len(config.training.known_tasks)) * config.training.max_steps
-
-
-def _standing(folder: Path) -> tuple[int, str]:
-    """Return (steps done over all tasks, what is being done) from a run's log."""
-    try:
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0, "waiting"
-    finished, step, title = 0, 0, ""
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # the last line may be half written
-        if event["event"] == "task":
-            finished, step, title = finished + step, 0, event["task"]
-        elif event["event"] == "step":
-            step, title = event["step"], event["task"]
-    return finished + step, title

@@ -14,6 +14,10 @@ class ConfigError(EvoloraError, ValueError):
     """A configuration value, name or combination is not allowed."""
 
 
+class UnsuitableError(ConfigError):
+    """A method cannot work on this kind of backbone or task at all, whatever its settings."""
+
+
 class DataError(EvoloraError, ValueError):
     """A file, image, manifest or data set is missing, unreadable or inconsistent."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from evolora.errors import ConfigError
+from evolora.errors import ConfigError, UnsuitableError
 from evolora.streams.task import LabelSpace
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ def prompts_of(backbone: Backbone) -> PromptBackbone:
     """Return the backbone if it answers by prompts.
 
     Raises:
-        ConfigError: it answers by heads.
+        UnsuitableError: it answers by heads.
     """
     if backbone.answers != "prompts":
-        raise ConfigError(
+        raise UnsuitableError(
             f"{type(backbone).__name__} has no class prompts, which this method needs; they are "
             "those of a dual encoder (CLIPModel, SiglipModel)"
         )

@@ -47,6 +47,7 @@ class RunFile(_Known):
     name: str = Field(min_length=1)
     method: dict[str, Any]
     stream: str
+    source: str = ""
     tasks: tuple[str, ...] = Field(min_length=1)
     protocol: Protocol
     seed: int

@@ -32,6 +32,7 @@ from evolora.evaluation.testing import largest_score
 from evolora.learner import Learner, Progress
 from evolora.storage.checkpoint import Checkpoint, load_newest, save_checkpoint
 from evolora.storage.files import read_json, sweep_temporary, write_json
+from evolora.storage.lock import locked
 from evolora.storage.state import export_state, load_state
 from evolora.streams.missing import CODE_NAMES, COMPLETE
 from evolora.streams.task import LabelSpace, Stream, Task
@@ -150,8 +151,14 @@ class ContinualRun:
         """Learn and evaluate the whole stream; return the accuracy matrix.
 
         Raises:
-            StorageError: the folder holds another run, or one that would be overwritten.
+            StorageError: the folder holds another run, or one that would be overwritten, or
+                another process is at this run.
         """
+        main = self.accelerator.is_main_process
+        with locked(self.folder, "run") if main else nullcontext():
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> Matrix:
         first, progress = self._start(resume)
         tasks = list(self.stream)
         if first >= len(tasks):

@@ -1,0 +1,1 @@
+"""Grids of methods, streams, orders and seeds: run, kept, compared."""

@@ -56,6 +56,10 @@ def staged(out: Path, model: PreTrainedModel, *processors: Any) -> Iterator[Path
         config = json.loads((staging / "config.json").read_text())
         config["dtype"] = "float32"  # stored in half precision, but CPUs compute faster in single
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in staging.rglob("tokenizer.json"):  # half as large without indents
+            words = json.loads(file.read_text(encoding="utf-8"))
+            text = json.dumps(words, ensure_ascii=False, separators=(",", ":"))
+            file.write_text(text + "\n", encoding="utf-8")
         yield staging
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             target = out / file.relative_to(staging)

@@ -52,7 +52,7 @@ from evolora.backbones.qformer_parts import (
 )
 from evolora.backbones.soft_prompts import token_means
 from evolora.backbones.soft_tokens import SEEN, as_long_as_others, has, prompts
-from evolora.errors import ConfigError, DataError
+from evolora.errors import ConfigError, DataError, UnsuitableError
 from evolora.experts.sites import Site, SiteKind
 from evolora.registry import BACKBONES
 from evolora.routing.route import BASE, Decisions, Route
@@ -204,7 +204,7 @@ class QFormer(TextBackbone):
         """
         self.check_towers(towers)
         if kind != "linear":
-            raise ConfigError(f"{type(self).__name__} has experts at Linears; got {kind!r}")
+            raise UnsuitableError(f"{type(self).__name__} has experts at Linears; got {kind!r}")
         targets = self.default_targets if target_modules is None else target_modules
         return linear_sites(self, towers or self.towers, layers, targets)
 

@@ -140,6 +140,19 @@ def test_a_kill_between_training_and_the_checkpoint_changes_nothing(
     assert_equal_runs(tmp_path / "killed", whole)
 
 
+def test_a_kill_in_every_stage_of_pathweave_changes_nothing(processes: Any, tmp_path: Path) -> None:
+    assert live(processes, tmp_path / "whole", "pathweave") == 0
+    run = tmp_path / "killed"
+    reached = {"bar:video#4": 4, "bar:audio#4": 4, "bar:pc#4": 4, "bar:test pc": 7}
+    for moment, step in reached.items():
+        assert live(processes, run, "pathweave", moment) == KILL_9, moment
+        last = log_of(run)[-1]
+        assert (last["event"], last["step"]) == ("step", step), moment
+        assert last["task"] in moment
+    assert live(processes, run, "pathweave") == 0
+    assert_equal_runs(run, tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_kills_at_random_seconds_change_nothing(
     processes: Any, whole: Path, tmp_path: Path

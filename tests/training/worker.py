@@ -163,7 +163,8 @@ class Ticks(Reporter):
     """Counts moments; at the one that is named, the process kills itself.
 
     Args:
-        kill: number of the tick (from 0), or its name ("half:state.json"); None never kills.
+        kill: number of the tick (from 0), or its name ("half:state.json"), with how many of that
+            name came before ("bar:audio#4"); None never kills.
     """
 
     def __init__(self, kill: int | str | None = None) -> None:
@@ -171,7 +172,7 @@ class Ticks(Reporter):
         self.kill, self.seen = kill, []  # type: tuple[int | str | None, list[str]]
 
     def tick(self, name: str) -> None:
-        if self.kill == len(self.seen) or self.kill == name:
+        if self.kill in (len(self.seen), name, f"{name}#{self.seen.count(name)}"):
             os.kill(os.getpid(), signal.SIGKILL)
         self.seen.append(name)
 

@@ -1,1 +1,1 @@
-"""The stages of `assemble_smol_vlm.py`; pictures, names and the loop are those of the CLIP's."""
+"""Stages of `assemble_smol_vlm.py` and `assemble_smol_qformer.py`; the loop is that of the CLIP."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,14 @@ def part(work: Path, name: str) -> Path:
     return folder
 
 
-def load_llm(work: Path) -> tuple[LlamaForCausalLM, Any]:
+def load_llm(work: Path, tokens: Mapping[str, str] = IMAGE_TOKENS) -> tuple[LlamaForCausalLM, Any]:
     """Returns the language model and its tokenizer, with rows for the tokens of images.
 
     These rows are the mean of the others: nothing trains them, and an image's own are replaced.
     """
     folder = part(work, "llm")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=IMAGE_TOKENS)
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=dict(tokens))
     known = model.config.vocab_size
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():

@@ -18,7 +18,7 @@ the bit:
 
   python tools/assemble_smol_qformer.py llm    --work W
   python tools/assemble_smol_qformer.py words  --work W
-  python tools/assemble_smol_qformer.py bridge --work W --steps 60 --bf16
+  python tools/assemble_smol_qformer.py bridge --work W --steps 40 --bf16
   python tools/assemble_smol_qformer.py export --work W --out smol-qformer
 """
 

@@ -51,3 +51,14 @@ def test_every_attention_linear_of_the_qformer_is_a_site() -> None:
         "projection.0.projection"
     ]
     assert found().parameters["experts"] == 4 * 1_002_120
+
+
+def test_stages_of_the_embedded_stream_train_less_than_a_fiftieth_of_the_model() -> None:
+    config = CONFIG.parents[1] / "mosaic/modalities/pathweave.yaml"
+    inspected = inspect_config(read_config(config))
+    image, *stages = inspected.trainable
+    assert image == 0 and stages == [36_371, 54_683, 45_731, 49_131]
+    # r = 6: (4 n_s + 2 n_c) (2 h r + r + h + 1) + 2 n_c (e r + r + h r + h + 1), h = e = 128
+    adapters = (4 * 3 + 4 * 2) * (2 * 128 * 6 + 6 + 128 + 1)
+    assert inspected.trainable_parts[1]["experts"] == adapters
+    assert max(stages) <= 0.02 * inspected.backbone_parameters

@@ -153,7 +153,8 @@ def _inspect(config: RunConfig, labels: list[LabelSpace]) -> Inspection:
     writes = backbone.answers == "text"  # how many classes there are says nothing then
     full: list[int] = []
     trained: list[Mapping[str, int]] = []
-    for index, (space, modalities) in enumerate(zip(labels, _modalities(config), strict=False)):
+    named = _modalities(config, backbone.takes_modalities)
+    for index, (space, modalities) in enumerate(zip(labels, named, strict=False)):
         method.begin_task(f"task {index}", LabelSpace.of_texts() if writes else space, modalities)
         method.preview(index, None)
         trainable.append(_trainable(method))
@@ -296,11 +297,14 @@ def _sites(method: Method, backbone: Backbone) -> list[SiteCost]:
     return sites
 
 
-def _modalities(config: RunConfig) -> Iterator[tuple[str, ...]]:
-    """Yield the modalities of each task, as far as the configuration says; then none for ever."""
+def _modalities(config: RunConfig, plugged: bool) -> Iterator[tuple[str, ...]]:
+    """Yield the modalities of each task where the model has some plugged in; then none for ever."""
     if config.stream["name"] == "mcl":
         for name in config.stream.get("order", ORDER):
             yield (name,)
+    elif plugged:
+        for task in load_stream(**config.stream):
+            yield task.modalities
     yield from repeat(())
 
 

@@ -47,7 +47,7 @@ _LEAST_STEP = 4  # semitones between two notes that rise or fall
 _NAMING = ("what", "sound", "emoji")  # kinds whose answer can be asked for by yes or no
 _RARE = {"is-it": 2}  # kinds asked so many times less often
 
-# items of a modality in train, val, test; two questions about each
+# items of a modality in train, val, test
 Numbers = Mapping[str, tuple[int, int, int]]
 COMPACT: Numbers = {
     "image": (230, 30, 80),
@@ -56,6 +56,8 @@ COMPACT: Numbers = {
     "depth": (230, 30, 80),
     "pc": (220, 28, 76),
 }
+ASKED: Mapping[str, int | None] = {"train": None, "val": 2, "test": 3}
+"""Split -> questions about an item, at most; None is all that it can answer."""
 LARGE: Numbers = {name: (6 * a, 6 * b, 6 * c) for name, (a, b, c) in COMPACT.items()}
 
 T = TypeVar("T")
@@ -99,7 +101,7 @@ def plan(
 
     Args:
         cache: folder of the registry packages.
-        size: "compact" asks two questions about an item, "large" all that it can answer.
+        size: "compact" asks some questions about an item (`ASKED`), "large" all that it can answer.
         numbers: items per modality and split; `COMPACT` or `LARGE` by default.
     """
     pools: tuple[Sequence[Source], ...] = (objects(cache), animations(cache), recordings(cache))
@@ -108,7 +110,8 @@ def plan(
         for split, count in zip(SPLITS, counts[modality], strict=True):
             lots = random.Random(f"{SEED}/modalities/{modality}/{split}")
             parts = [[one for one in pool if one.side == split] for pool in pools]
-            asker = _Asker(modality, lots, 2 if size == "compact" else None)
+            own = random.Random(f"{SEED}/modalities/{modality}/{split}/questions")
+            asker = _Asker(modality, own, ASKED[split] if size == "compact" else None)
             for item in _ITEMS[modality](modality, split, parts, count, lots):
                 yield item, asker.ask(item)
 

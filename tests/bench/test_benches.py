@@ -32,7 +32,7 @@ def run(bench: str, settings: Settings = TINY, **options: bool) -> runner.Report
     return runner.run([bench], settings, **options)
 
 
-@pytest.mark.parametrize("bench", ["tower", "serve", "pairs", "growth", "data"])
+@pytest.mark.parametrize("bench", ["tower", "serve", "pairs", "growth", "resora", "data"])
 def test_a_bench_fills_its_tables_and_measures_its_goals(bench: str, tiny_sizes: None) -> None:
     result = run(bench).results[0]
     assert result.complete and result.tables

@@ -22,7 +22,7 @@ from evolora.evaluation.spectra import (
     update_values,
 )
 from evolora.experts.bank import ExpertBank
-from evolora.report.spectra import place_of, share_map, write_spectra
+from evolora.report.spectra import place_of, places_of, share_map, write_spectra
 
 
 def test_ranks_by_hand() -> None:
@@ -186,3 +186,23 @@ def test_layers_are_placed_by_kind_and_block(tmp_path: Path) -> None:
     peft_folder(tmp_path)
     path = write_spectra(spectra_of(tmp_path), tmp_path / "page.html")
     assert "first" in path.read_text()
+
+
+def test_kinds_of_which_a_block_has_several_are_kept_apart() -> None:
+    found = places_of(["q.0.attention.value", "q.0.crossattention.value", "q.1.attention.value"])
+    assert found == {
+        "q.0.attention.value": ("attention.value", "0"),
+        "q.0.crossattention.value": ("crossattention.value", "0"),
+        "q.1.attention.value": ("attention.value", "1"),
+    }
+    assert places_of(["q.0.self_attn.v_proj"]) == {"q.0.self_attn.v_proj": ("v_proj", "0")}
+
+
+def test_layers_stand_in_the_order_of_their_blocks(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(12)))
+    names = [str(index) for index in range(12)]
+    get_peft_model(model, LoraConfig(target_modules=names, r=2)).save_pretrained(tmp_path)
+    assert list(spectra_of(tmp_path).by_layer()) == names

@@ -14,6 +14,7 @@ BENCHES = {
     "serve": "a batch of many adapters, a batch of one route, and what recognising the task costs",
     "pairs": "image and text: DeLo's step over the floor, and predictions without the task told",
     "growth": "per-task experts of a model that writes: step time and memory over tasks learned",
+    "resora": "what keeping the ranks of a LoRA apart adds to a training step, by measure",
     "route": "the formulation the dispatcher picks against the fastest; --fit fits its thresholds",
     "data": "images read, resized and normalised per second",
 }

@@ -224,6 +224,13 @@ GOALS = {
             limit=1.15,
         ),
         Goal(
+            key="resora-step",
+            bench="resora",
+            what="ReSoRA-style, the default measure: step over the same LoRA's without it",
+            usual="–",
+            limit=1.05,
+        ),
+        Goal(
             key="regret",
             bench="route",
             what="dispatcher's choice over the fastest formulation, worst of the grid",

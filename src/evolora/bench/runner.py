@@ -94,7 +94,7 @@ def run(
 
 
 def _measure(name: str, session: Session, fit: bool) -> None:
-    from evolora.bench import data, growth, layer, pairs, route, serve, tower, train
+    from evolora.bench import data, growth, layer, pairs, resora, route, serve, tower, train
 
     if name == "route":
         route.measure(session, fit=fit)
@@ -106,6 +106,7 @@ def _measure(name: str, session: Session, fit: bool) -> None:
         "serve": serve,
         "pairs": pairs,
         "growth": growth,
+        "resora": resora,
         "data": data,
     }
     modules[name].measure(session)

@@ -63,7 +63,7 @@ class Spectra:
 
     Args:
         source: the folder.
-        updates: in the order of the file.
+        updates: by the names of their layers, whose numbers count as such.
     """
 
     source: str
@@ -106,7 +106,7 @@ def spectra_of(folder: Path) -> Spectra:
             f"{ADAPTER}"
         )
     updates = []
-    for layer, a, b in found:
+    for layer, a, b in sorted(found, key=lambda each: _in_order(each[0])):
         for expert in range(len(a)):
             number = expert if len(a) > 1 else None
             spreads = spread_of(a[expert], b[expert])
@@ -116,6 +116,12 @@ def spectra_of(folder: Path) -> Spectra:
     if not updates:
         raise ConfigError(f"{folder} holds no low-rank updates that stand in pairs of factors")
     return Spectra(source=str(folder), updates=tuple(updates))
+
+
+def _in_order(layer: str) -> list[tuple[bool, int, str]]:
+    """Return what layers are sorted by: block 2 stands before block 10."""
+    parts = re.split(r"(\d+)", layer)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 @torch.no_grad()

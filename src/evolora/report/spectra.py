@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -55,19 +56,35 @@ def likeness_map(found: Spectra, side: str) -> str:
     )
 
 
-def place_of(layer: str) -> tuple[str, str]:
-    """Return (kind of layer, block) of a layer's name; "-" for one that is in no block."""
+def place_of(layer: str, *, whole: bool = False) -> tuple[str, str]:
+    """Return (kind of layer, block) of a layer's name; "-" for one that is in no block.
+
+    Args:
+        layer: its name.
+        whole: the kind is all that stands behind the block, not the last word of it.
+    """
     match = _BLOCK.match(layer)
     if match is None:
-        return layer.rpartition(".")[2], "-"
+        return layer if whole else layer.rpartition(".")[2], "-"
     before, block, behind = match.groups()
     tower = next((word for word in ("vision", "text", "language") if word in before), "")
-    return f"{tower} {behind.rpartition('.')[2]}".strip(), block
+    return f"{tower} {behind if whole else behind.rpartition('.')[2]}".strip(), block
+
+
+def places_of(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return the places of layers; kinds of which a block has several have their whole names."""
+    short = {layer: place_of(layer) for layer in layers}
+    taken = Counter(short.values())
+    several = {kind for (kind, _), count in taken.items() if count > 1}
+    return {
+        layer: place_of(layer, whole=True) if place[0] in several else place
+        for layer, place in short.items()
+    }
 
 
 def _map(found: Spectra, label: str, value: Callable[[list[UpdateSpread]], float]) -> str:
     layers = found.by_layer()
-    places = {layer: place_of(layer) for layer in layers}
+    places = places_of(layers)
     rows = list(dict.fromkeys(kind for kind, _ in places.values()))
     columns = sorted(
         dict.fromkeys(block for _, block in places.values()),

@@ -1,0 +1,1 @@
+"""Parts of `tools/study_resora.py`."""

@@ -30,7 +30,8 @@ class RayEngine(Engine):
         self._mine = not ray.is_initialized()
         if self._mine:
             ray.init(log_to_driver=False, include_dashboard=False)
-        self.workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        cluster: Any = ray  # which is not typed throughout, or not there
+        self.workers = workers or max(1, int(cluster.cluster_resources().get("CPU", 1)))
         self._run = ray.remote(num_cpus=1, max_retries=0)(_on_node)
         self._running: dict[Any, Cell] = {}
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evolora.config import SECTIONS, SHORT, RunConfig, load_stream, parse_config, read_yaml
+from evolora.config import RunConfig, load_stream, parse_config
+from evolora.config_text import SECTIONS, SHORT, read_yaml
 from evolora.errors import ConfigError, suggest, unknown_name
 from evolora.registry import STREAMS
 from evolora.sweep.grid import BEST, DEFAULT_ORDER, REVERSED, SHUFFLED, Cell, Grid

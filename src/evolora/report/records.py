@@ -150,13 +150,15 @@ class RunRecord:
     def selector_accuracy(self) -> float | None:
         """Return the share of learned tasks' test samples that the right task answered at the end.
 
-        None unless the run was task-free; samples are pooled, so a large test set weighs more.
+        None unless the run was task-free; samples are pooled, so a large test set weighs more. The
+        right one for a task that taught nothing (the base knew it) is the base.
         """
         if not self.task_free or self.routing is None:
             return None
         end = max(self.routing.after, key=lambda after: self.position(after.task))
+        known = {step.task for step in self.run.history if step.trainable_parameters == 0}
         return _share(
-            (counts, task)
+            (counts, BASE if task in known else task)
             for task, counts in end.routes.items()
             if self.position(task) <= self.position(end.task)
         )

@@ -70,9 +70,9 @@ class HeatMap:
     def draw(self) -> str:
         """Return the SVG element."""
         wide, high = self.cell
-        left = 6 + _LETTER * max((len(short(name)) for name in self.rows), default=0)
+        left = 12 + _LETTER * max((len(short(name)) for name in self.rows), default=0)
         longest = max((len(short(name)) for name in self.columns), default=0)
-        top = 14.0 if self.upright else 8 + 0.87 * _LETTER * longest
+        top = 14.0 if self.upright else 13 + 0.87 * _LETTER * longest
         overhang = 0.0 if self.upright else max(0.0, 0.5 * _LETTER * longest - wide / 2)
         width = left + wide * len(self.columns) + overhang + 2
         height = top + high * len(self.rows) + (7 if self.marks else 2)

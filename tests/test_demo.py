@@ -79,7 +79,7 @@ def test_demo_runs_reports_asks_and_keeps_what_is_finished(
     ]
     assert {answer["task"] for answer in asked["answers"]} <= {"animals", "furniture"}
     assert [one["modality"] for one in shown["heard"]] == ["image", "audio"]
-    assert [one["answer"]["task"] for one in shown["heard"]] == ["image", "audio"]
+    assert [one["answer"]["task"] for one in shown["heard"]] == ["base", "audio"]
     assert "Modality after modality" in page
     result.print()
     printed = capsys.readouterr().out

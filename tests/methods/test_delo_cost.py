@@ -14,7 +14,9 @@ from tests.backbones.pairs import make, memory
 from tests.methods.pairs import pair_learner, pair_task
 
 from evolora.backbones.memory import Known
+from evolora.experts.factor_pool import FactorPool
 from evolora.learner import Learner
+from evolora.methods.agreement import _embed_without
 from evolora.methods.delo import DeLoConfig
 from evolora.randomness import StepRandom
 from evolora.routing.selector import OracleSelectorConfig
@@ -148,7 +150,7 @@ def test_in_two_streams_what_is_left_of_a_sample_is_as_it_was() -> None:
     learner.begin(pair_task(0))
     method, backbone = learner.method, learner.backbone
     with torch.no_grad():
-        for pool in method._pools():
+        for pool in (m for m in method.modules() if isinstance(m, FactorPool)):
             pool.B.active.normal_(generator=torch.Generator().manual_seed(3))
     batch = backbone.collate([pair_task(0, (0,)).train[row] for row in range(6)], task=0)
     lost = {"text": torch.arange(6) % 2 == 0, "image": torch.arange(6) % 2 == 1}
@@ -156,7 +158,7 @@ def test_in_two_streams_what_is_left_of_a_sample_is_as_it_was() -> None:
     whole = backbone.encode(batch, method.make_route(0, batch))
     part = backbone.without(batch, lost)
     for embedding in (
-        method._embed_without(batch, whole, torch.arange(6), lost),
+        _embed_without(method, batch, whole, torch.arange(6), lost),
         backbone.encode(part, method.make_route(0, part)),
     ):
         method.zero_grad()

@@ -162,7 +162,7 @@ def test_a_method_that_suits_no_backbone_is_not_applicable_and_no_failure(tmp_pa
 
 
 def test_an_interrupted_comparison_leaves_its_result_and_no_process(tmp_path: Path) -> None:
-    (tmp_path / "grid.yaml").write_text(FILE)
+    (tmp_path / "grid.yaml").write_text(FILE.replace("seeds: 2", "seeds: 20"))
     process = start(tmp_path)
     until(lambda: bool(finished(tmp_path)) or process.poll() is not None)
     process.send_signal(signal.SIGINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from evolora.sweep.grid import Cell
 from evolora.sweep.grid_file import merged, read_grid
 
 ROOT = Path(__file__).parents[2]
+COMPARISONS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
 TRAINING = {"max_steps": 2, "learning_rate": 1e-3}
 
 
@@ -183,3 +185,13 @@ def test_a_comparison_file_is_compared_alone(tmp_path: Path) -> None:
 def test_committed_comparisons_are_read(path: Path) -> None:
     grid = read_grid([path])
     assert grid.cells
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_comparison_of_the_project_can_be_read(path: Path) -> None:
+    grid = read_grid([path], seeds=[0])
+    assert len({cell.folder for cell in grid.cells}) == len(grid.cells) > 1
+    named = re.findall(r"evolora compare (\S+)", path.read_text())
+    assert set(named) == {f"configs/compare/{path.name}"}

@@ -208,7 +208,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path: Path) -> 
 
 def test_a_run_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(StorageError, match=r"cannot write .*file/run"):
+    with pytest.raises(StorageError, match=r"cannot make the folder .*file/run"):
         toy_run(tmp_path / "file" / "run", "zero-shot").run()
     (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"cannot write .*log\.jsonl"):

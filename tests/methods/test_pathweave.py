@@ -328,6 +328,8 @@ def test_faults_of_the_released_code_are_options() -> None:
     }
     where = {name.rpartition(".layers.")[2].split(".")[1] for name in silent}
     assert "qformer/0/crossattention/value" in where
+    own = {name for name in silent if "/value.bank." in name}
+    assert own and all("/crossattention/" in name for name in own)
     assert {n for n in silent if "attention/value.inner" in n and "cross" not in n}
     assert not any("attention/key" in name and "weight" in name for name in silent)
     mended = learner()

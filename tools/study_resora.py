@@ -2,14 +2,14 @@
 
 The top block of each tower of the embedded CLIP gets adapters (LoRA, DoRA, AdaLoRA, bottleneck),
 which are trained under each regulariser of `evolora.regularizers`, under GOR and DropLoRA, and
-without any. Every condition may try three strengths on the validation split, and is tested once,
+without any. Every condition may try four strengths on the validation split, and is tested once,
 with five seeds.
 
   python tools/study_resora.py run --out cells.jsonl           # all; goes on where it stopped
   python tools/study_resora.py run --out cells.jsonl --tasks retrieval --hosts dora
   python tools/study_resora.py table cells.jsonl               # the tables of docs/resora.md
 
-A cell takes about a second on one core, all of them a quarter of an hour.
+A cell takes about a second on one core, all of them less than half an hour.
 """
 
 from __future__ import annotations

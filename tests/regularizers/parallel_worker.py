@@ -21,7 +21,9 @@ from evolora.regularizers.resora import Resora
 from evolora.regularizers.settings import ResoraConfig
 
 WEIGHTS = ResoraConfig(weight=1.0, warmup=0.0, measure_down="w_cos", measure_up="w_cos")
-FEATURES = ResoraConfig(weight=1.0, warmup=0.0, min_tokens=4)
+FEATURES = ResoraConfig(
+    weight=1.0, warmup=0.0, min_tokens=4, measure_down="f_corr", measure_up="f_contrib"
+)
 ROWS = 4
 
 

@@ -38,7 +38,8 @@ def records_of(bank: nn.Module, lengths: Sequence[int] | None = None, **settings
     summary: Any = "first" if lengths is None else torch.tensor(lengths) - 1
     host.set_route("vision", Route.of(0, ROWS, summary=summary))
     layers = nn.ModuleDict({"vision/0/fc1": Holder(bank)})
-    return BankRecords(layers, host, Resora(ResoraConfig(**settings)))
+    chosen = {"measure_down": "f_corr", "measure_up": "f_contrib", **settings}
+    return BankRecords(layers, host, Resora(ResoraConfig(**chosen)))
 
 
 def expected(

@@ -29,7 +29,13 @@ from evolora.regularizers.redundancy import Update, redundancy
 from evolora.regularizers.resora import Record, Resora
 from evolora.regularizers.settings import ResoraConfig
 
-FEATURES: dict[str, Any] = {"weight": 1.0, "warmup": 0.0, "min_tokens": 4}
+FEATURES: dict[str, Any] = {
+    "weight": 1.0,
+    "warmup": 0.0,
+    "min_tokens": 4,
+    "measure_down": "f_corr",
+    "measure_up": "f_contrib",
+}
 WEIGHTS: dict[str, Any] = {**FEATURES, "measure_down": "w_cos", "measure_up": "w_cos"}
 FIRST, SECOND = "base_model.model.first", "base_model.model.second"
 

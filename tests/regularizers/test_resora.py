@@ -35,7 +35,8 @@ def record(
 def total(records: list[Record], **settings: Any) -> tuple[float, dict[str, Tensor]]:
     place = {key: settings.pop(key, LAST[key]) for key in LAST}
     task = settings.pop("task_loss", None)
-    loss, metrics = Resora(ResoraConfig(**settings)).total(records, task_loss=task, **place)
+    chosen = {"measure_down": "f_corr", "measure_up": "f_contrib", **settings}
+    loss, metrics = Resora(ResoraConfig(**chosen)).total(records, task_loss=task, **place)
     return float(loss), metrics
 
 
@@ -187,7 +188,10 @@ def test_experts_and_tasks_share_what_their_subspaces_share() -> None:
 
 
 def test_autocast_leaves_the_term_alone() -> None:
-    resora, records = Resora(ResoraConfig()), [record(0)]
+    resora, records = (
+        Resora(ResoraConfig(measure_down="f_corr", measure_up="f_contrib")),
+        [record(0)],
+    )
     plain, _ = resora.total(records, **LAST)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside, _ = resora.total(records, **LAST)
@@ -199,7 +203,10 @@ def test_autocast_leaves_the_term_alone() -> None:
     [
         ({"measure_down": "f_contrib"}, "unknown measure_down .*'f_contrib'"),
         ({"measure_up": "w_coss"}, "did you mean 'w_cos'"),
-        ({"across": "tasks"}, r"measure_down \(across tasks\) 'f_corr'.*overlap, w_cos"),
+        (
+            {"across": "tasks", "measure_down": "f_corr"},
+            r"measure_down \(across tasks\) 'f_corr'.*overlap, w_cos",
+        ),
         ({"weight": -1.0}, "weight must be at least 0; got -1.0"),
         ({"warmup": 1.5}, "warmup is a share of the steps"),
         ({"up_delay": 1.0}, "up_delay is a share of the steps"),

@@ -20,7 +20,7 @@ from evolora.regularizers.settings import ResoraConfig
 from evolora.regularizers.trainer import ResoraTrainerMixin
 
 WEIGHTS = ResoraConfig(weight=1.0, warmup=0.0, measure_down="w_cos", measure_up="w_cos")
-FEATURES = ResoraConfig(weight=1.0, warmup=0.0)
+FEATURES = ResoraConfig(weight=1.0, warmup=0.0, measure_down="f_corr", measure_up="f_contrib")
 
 
 class RegularisedTrainer(ResoraTrainerMixin, Trainer):

@@ -31,7 +31,9 @@ from evolora.training.batches import TrainingBatches
 from evolora.training.config import TrainingConfig
 from evolora.training.regularised import Regularised
 
-RESORA = ResoraConfig(weight=0.5, warmup=0.0, min_tokens=4)
+RESORA = ResoraConfig(
+    weight=0.5, warmup=0.0, min_tokens=4, measure_down="f_corr", measure_up="f_contrib"
+)
 COSINES = ResoraConfig(weight=0.5, warmup=0.0, measure_down="w_cos", measure_up="w_cos")
 LORA = SequentialLoRAConfig(r=4, target_modules=("q_proj", "fc1"))
 TELLING = (

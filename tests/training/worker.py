@@ -85,7 +85,15 @@ TOY: dict[str, Any] = {
     "regularised-lora": SequentialLoRAConfig(**LORA),
 }
 TERMS: dict[str, Any] = {
-    "regularised-lora": (ResoraConfig(weight=0.5, min_tokens=4, adaptivity="learned"),)
+    "regularised-lora": (
+        ResoraConfig(
+            weight=0.5,
+            min_tokens=4,
+            adaptivity="learned",
+            measure_down="f_corr",
+            measure_up="f_contrib",
+        ),
+    )
 }
 """Regularizers of toy methods that have some."""
 WRITING = {"lwf", "o-lora"}

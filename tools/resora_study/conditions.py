@@ -1,4 +1,4 @@
-"""What is compared: regularisers, and the three strengths that each of them may choose from.
+"""What is compared: regularisers, and the four strengths that each of them may choose from.
 
 "none" has no term; what it may choose from is the weight decay, so that it has as many tries.
 """
@@ -13,7 +13,7 @@ from evolora.regularizers.settings import ResoraConfig
 DEFAULT_PAIR = "f_corr + f_contrib"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 """Learning rates: each host and task takes the one that is best for it without a regulariser."""
-BOUNDED = (0.01, 0.1, 1.0)
+BOUNDED = (0.01, 0.1, 1.0, 10.0)
 """Strengths of measures in [0, 1]."""
 
 
@@ -27,7 +27,7 @@ class Condition:
         features: it reads activations, which AdaLoRA has none of.
     """
 
-    strengths: tuple[float, float, float]
+    strengths: tuple[float, float, float, float]
     settings: dict[str, Any] | None = None
     features: bool = False
 
@@ -44,16 +44,16 @@ def _both(down: str, up: str, **other: Any) -> dict[str, Any]:
 
 NONE, DROP = "none", "DropLoRA"
 CONDITIONS = {
-    NONE: Condition((0.0, 0.01, 0.1)),
+    NONE: Condition((0.0, 0.01, 0.1, 1.0)),
     "w_cos": Condition(BOUNDED, _both("w_cos", "w_cos")),
-    "w_orth": Condition((0.001, 0.01, 0.1), _both("w_orth", "w_orth")),
+    "w_orth": Condition((0.001, 0.01, 0.1, 1.0), _both("w_orth", "w_orth")),
     "f_corr": Condition(BOUNDED, _both("f_corr", "none"), features=True),
     "f_contrib": Condition(BOUNDED, _both("none", "f_contrib"), features=True),
     DEFAULT_PAIR: Condition(BOUNDED, _both("f_corr", "f_contrib"), features=True),
     "f_dist": Condition(BOUNDED, _both("f_dist", "f_dist"), features=True),
     "f_hsic, groups of 4": Condition(BOUNDED, _both("f_hsic", "none", groups=4), features=True),
-    "GOR": Condition((1e-6, 1e-4, 1e-2), _both("gor", "gor", reduction="sum", warmup=0.0)),
-    DROP: Condition((0.1, 0.3, 0.5)),
+    "GOR": Condition((1e-6, 1e-4, 1e-2, 1.0), _both("gor", "gor", reduction="sum", warmup=0.0)),
+    DROP: Condition((0.05, 0.1, 0.3, 0.5)),
 }
 
 

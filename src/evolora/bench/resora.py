@@ -29,7 +29,6 @@ PLAIN, DEFAULT = "LoRA alone", "the default"
 STEPS = 100
 """A step in the middle of so many is timed, when the warm-up is over."""
 MEASURES = {
-    "w_cos": ResoraConfig(measure_down="w_cos", measure_up="w_cos"),
     "w_orth": ResoraConfig(measure_down="w_orth", measure_up="w_orth"),
     "gor": ResoraConfig(measure_down="gor", measure_up="gor"),
     "f_corr + f_contrib": ResoraConfig(measure_down="f_corr", measure_up="f_contrib"),

@@ -19,18 +19,19 @@ SIDES: tuple[Side, ...] = ("down", "up")
 
 @dataclass(frozen=True, kw_only=True)
 class ResoraConfig:
-    """Settings; values are ours and hardly tuned (the paper's are not known).
+    """Settings; measure and weight are what won our study, docs/resora.md (no paper's are known).
 
     Args:
         type: "resora".
-        measure_down: of what updates read: "f_corr" (correlation of the bottleneck's activations),
-            "w_cos", "w_orth", "gor", "gor_intra", "f_dist", "f_hsic" or "none". Between experts
-            (``across``): "w_cos" or "overlap" (O-LoRA's).
-        measure_up: of what they write: "f_contrib", "w_cos", "w_orth", "gor", "gor_intra",
+        measure_down: of what updates read: "w_cos" (squared cosine of ranks), "w_orth", "gor",
+            "gor_intra", "f_corr" (correlation of the bottleneck's activations), "f_dist", "f_hsic"
+            or "none". Between experts (``across``): "w_cos" or "overlap" (O-LoRA's).
+        measure_up: of what they write: "w_cos", "w_orth", "gor", "gor_intra", "f_contrib",
             "f_dist" or "none".
         groups: into how many contiguous groups the ranks fall; None is one rank each (for GOR, its
             own 32 groups of a weight's rows).
-        weight: lambda; 0 turns the regulariser off, and nothing is hooked or computed.
+        weight: lambda; 0 turns the regulariser off, and nothing is hooked or computed. The default
+            is for "w_cos"; measures that are not in [0, 1] need a small one, "ratio" one below 1.
         w_down, w_up: share of each side.
         warmup: share of the steps in which lambda grows linearly, in [0, 1].
         up_delay: share of the steps before the up side begins (and then grows as long), in [0, 1).
@@ -54,10 +55,10 @@ class ResoraConfig:
     """
 
     type: Literal["resora"] = "resora"
-    measure_down: str = "f_corr"
-    measure_up: str = "f_contrib"
+    measure_down: str = "w_cos"
+    measure_up: str = "w_cos"
     groups: int | None = None
-    weight: float = 1e-2
+    weight: float = 10.0
     w_down: float = 1.0
     w_up: float = 1.0
     warmup: float = 0.1

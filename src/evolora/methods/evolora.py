@@ -9,7 +9,8 @@ method, and any of its parts can be given instead.
 
 Ours. The parts are those of the methods it is made of: LoRA pairs (Hu et al., ICLR 2022), task keys
 and the consistency of answers without a modality (DeLo, arXiv 2603.01632), keys in units of the
-spread (after Hayes and Kanan, arXiv 1909.01520). Pools, factors, budgets and woven adapters learned
+spread (after Hayes and Kanan, arXiv 1909.01520), ranks kept apart (after ReSoRA, arXiv
+2507.20745). Pools, factors, budgets and woven adapters learned
 less at equal parameters on the embedded streams (``docs/results.md``), so they are not in it.
 """
 
@@ -27,6 +28,7 @@ from evolora.recipes.experts import LinearSites, LoRAExperts, QFormerSites, QKVS
 from evolora.recipes.gates import OwnGate
 from evolora.recipes.terms import Consistency
 from evolora.registry import A_PART, METHODS, SOME_PARTS
+from evolora.regularizers.settings import ResoraConfig
 from evolora.routing.task_keys import BoundedTaskKeySelectorConfig
 
 KEYS = BoundedTaskKeySelectorConfig(metric="mahalanobis", quantile=0.99, margin=2.0)
@@ -56,7 +58,7 @@ PARTS_FOR: Mapping[str, RecipeConfig] = {
         sites=LinearSites(target_modules=("all-linear",)),
     ),
     # modalities plugged into a Q-Former
-    "q-former": replace(PRIVATE, experts=LoRAExperts(r=8, lora_alpha=16.0), sites=QFormerSites()),
+    "q-former": replace(PRIVATE, sites=QFormerSites(), regularizers=(ResoraConfig(weight=1.0),)),
 }
 """Kind of backbone -> the parts; where experiments find better ones, this is what changes."""
 

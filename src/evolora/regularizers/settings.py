@@ -58,7 +58,7 @@ class ResoraConfig:
     measure_down: str = "w_cos"
     measure_up: str = "w_cos"
     groups: int | None = None
-    weight: float = 10.0
+    weight: float = 1.0
     w_down: float = 1.0
     w_up: float = 1.0
     warmup: float = 0.1

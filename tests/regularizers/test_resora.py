@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,12 +187,30 @@ def test_experts_and_tasks_share_what_their_subspaces_share() -> None:
     assert cut == pytest.approx(6.0)
 
 
-def test_autocast_leaves_the_term_alone() -> None:
-    resora, records = Resora(ResoraConfig()), [record(0)]
+def both(measure: str, **settings: Any) -> dict[str, Any]:
+    return {"measure_down": measure, "measure_up": measure, **settings}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        both("f_dist"),
+        *(both(measure) for measure in ("w_cos", "w_orth", "gor", "gor_intra")),
+        both("w_cos", groups=2),
+        *(both(m, across=across) for m in ("w_cos", "overlap") for across in ("experts", "tasks")),
+    ],
+    ids=str,
+)
+def test_autocast_leaves_the_term_alone(settings: dict[str, Any]) -> None:
+    one = record(0, updates=2, older=1)
+    z = torch.randn(2, 40, 6) @ one.a.mT
+    records = [replace(one, features=Features.of(z, tokens=True))]
+    resora = Resora(ResoraConfig(**settings))
     plain, _ = resora.total(records, **LAST)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside, _ = resora.total(records, **LAST)
-    assert inside.dtype == torch.float32 and torch.equal(inside, plain)
+    assert inside.dtype == torch.float32 and torch.equal(inside, plain) and plain > 0
 
 
 @pytest.mark.parametrize(

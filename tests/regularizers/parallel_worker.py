@@ -68,11 +68,13 @@ def pulled(model: nn.Module, config: ResoraConfig, x: Tensor, **options: Any) ->
     return found
 
 
-def sharded() -> nn.Module:
-    """The model by FSDP2, each layer with its adapter a unit."""
+def sharded(*, leaves: bool = False) -> nn.Module:
+    """The model by FSDP2; a unit is a layer with its adapter, or every factor of its own."""
     model = Whole(adapted())
     base: Any = model.inner.base_model.model
     for layer in (base.first, base.second):
+        for part in [*layer.lora_A.values(), *layer.lora_B.values()] if leaves else []:
+            fully_shard(part)
         fully_shard(layer)
     fully_shard(model)
     return model
@@ -158,7 +160,8 @@ def main() -> None:
         for unused in (False, True):
             model = DistributedDataParallel(Whole(adapted()), find_unused_parameters=unused)
             torch.testing.assert_close(pulled(model, config, own(x)), expected)
-        torch.testing.assert_close(pulled(sharded(), config, own(x)), expected)
+        for leaves in (False, True):
+            torch.testing.assert_close(pulled(sharded(leaves=leaves), config, own(x)), expected)
     apart = replace(FEATURES, whole_batch=False)  # the mean of processes' correlations is another
     other = pulled(DistributedDataParallel(Whole(adapted())), apart, own(x))
     expected = alone(FEATURES, x)

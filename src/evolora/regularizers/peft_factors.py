@@ -69,7 +69,8 @@ def whole(weight: Tensor) -> Tensor:
 
     mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
     found: Tensor = gather(grad_placements=[Partial()] * mesh.ndim)
-    return found.detach() + (found - found.detach()) / mesh.size()
+    mean: Tensor = found.detach() + (found - found.detach()) / mesh.size()
+    return mean
 
 
 def _is_there(weight: Tensor) -> bool:

@@ -95,6 +95,15 @@ def test_ratio_makes_the_term_a_share_of_the_task_s_loss() -> None:
             task_loss=torch.tensor(task, requires_grad=True),
         )
         assert found == pytest.approx(0.1 * task)
+    one, task = records[0], torch.tensor(3.0, requires_grad=True)
+    one.a.requires_grad_()
+    down = {"measure_down": "w_cos", "measure_up": "none", "weight": 0.1, "adaptivity": "ratio"}
+    resora = Resora(ResoraConfig(**down))  # type: ignore[arg-type]
+    resora.total([one], task_loss=task, **LAST)[0].backward()
+    found = redundancy("w_cos", "down", Update(one.a, one.b)).sum()
+    (wanted,) = torch.autograd.grad(0.1 * 3.0 / found.item() * found, one.a)
+    assert one.a.grad is not None and task.grad is None
+    torch.testing.assert_close(one.a.grad, wanted)
     half, _ = total(
         records, weight=0.1, adaptivity="ratio", warmup=1.0, step=4, task_loss=torch.tensor(1.0)
     )
@@ -134,10 +143,11 @@ def test_pairwise_reaches_the_measure() -> None:
 def test_tokens_are_drawn_the_same_ones_every_time() -> None:
     z = torch.randn(2, 50, 3)
     real = torch.arange(50) % 3 > 0
+    z[:, ~real] = 1e6  # which token is real stays with it
     some = Resora(ResoraConfig(max_tokens=20), seed=1)
     first, again = (some.features_of([(z, real)])[0] for _ in range(2))
     assert torch.equal(first.covariance, again.covariance)
-    assert 8 <= int(first.count[0]) < 20
+    assert 8 <= int(first.count[0]) < 20 and float(first.covariance.abs().max()) < 10.0
     other = Resora(ResoraConfig(max_tokens=20), seed=2).features_of([(z, real)])[0]
     assert not torch.equal(first.covariance, other.covariance)
     every = Resora(ResoraConfig(max_tokens=50)).features_of([(z, real), (z[:, :9], None)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.conftest import toy_task
 from tests.contract.cases import make
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch import Tensor
 from evolora.cli import main
 from evolora.errors import ConfigError, StorageError
 from evolora.evaluation.spectra import (
+    Spectra,
+    UpdateSpread,
     effective_rank,
     spectra_of,
     spread_of,
@@ -22,7 +26,8 @@ from evolora.evaluation.spectra import (
     update_values,
 )
 from evolora.experts.bank import ExpertBank
-from evolora.report.spectra import place_of, places_of, share_map, write_spectra
+from evolora.experts.factor_pool import FactorPool
+from evolora.report.spectra import place_of, places_of, rows_of, share_map, write_spectra
 
 
 def test_ranks_by_hand() -> None:
@@ -73,6 +78,15 @@ def test_a_run_s_experts_are_found(tmp_path: Path) -> None:
         for update in own:
             assert update.expert is not None and update.rank == bank.r
             assert update.spreads == spread_of(a[update.expert], b[update.expert])
+            assert_dense(update, b[update.expert].T @ a[update.expert])
+
+
+def assert_dense(update: UpdateSpread, delta: Tensor) -> None:
+    """Its numbers are those of the whole matrix's singular values."""
+    values = torch.linalg.svdvals(delta.detach().double())[: update.rank]
+    shown = update.spreads["update"]
+    assert shown.effective_rank == pytest.approx(effective_rank(values), rel=1e-4)
+    assert shown.stable_rank == pytest.approx(stable_rank(values), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["sequential-lora", "branch-lora", "moe-cl"])
@@ -84,6 +98,51 @@ def test_banks_of_every_kind_are_found(method: str, tmp_path: Path) -> None:
     assert {place_of(update.layer)[1] for update in found.updates} == {"0", "1"}
     assert all(update.spreads["A"].effective_rank > 1.5 for update in found.updates)
     assert "nan" not in share_map(found, "update")
+
+
+def test_experts_that_write_nothing_yet_do_not_count_beside_others() -> None:
+    def update(b: Tensor) -> UpdateSpread:
+        return UpdateSpread(layer="l", expert=0, rank=2, spreads=spread_of(torch.eye(2, 5), b))
+
+    busy, idle = update(torch.eye(2, 4)), update(torch.zeros(2, 4))
+    assert idle.idle and not busy.idle
+    for own, effective, size in (
+        ([busy, idle, idle], 2.0, "2 x 3, 2 idle"),
+        ([idle], 0.0, "2, 1 idle"),
+        ([busy], 2.0, "2"),
+    ):
+        ((_, shown, numbers),) = rows_of(Spectra(source="run", updates=tuple(own)))
+        assert shown == size and numbers[0] == pytest.approx(2.0)
+        assert numbers[3] == numbers[6] == pytest.approx(effective)
+
+
+def test_pools_have_factors_and_no_one_update(tmp_path: Path) -> None:
+    """DeLo pairs its factors anew for each input, so that only they have a spectrum."""
+    learner = make("delo")
+    for task in range(2):
+        learner.learn(toy_task(task, 12))
+    learner.save_pretrained(tmp_path)
+    found = spectra_of(tmp_path)
+    pools = {
+        name.removeprefix("layers.").replace("/", "."): module
+        for name, module in learner.method.named_modules()
+        if isinstance(module, FactorPool)
+    }
+    assert pools and set(found.by_layer()) == set(pools)
+    for layer, own in found.by_layer().items():
+        a, b = (torch.cat(both) for both in zip(
+            pools[layer].pairs(frozen=True), pools[layer].pairs(), strict=True
+        ))  # fmt: skip
+        assert [update.expert for update in own] == [0, 1] and own[0].rank == 4
+        for update, down, up in zip(own, a.detach(), b.detach(), strict=True):
+            expected = spread_of(down, up)
+            del expected["update"]
+            assert update.spreads == expected
+    assert rows_of(found)[0][2][6:] == [None, None, None]
+    assert share_map(found, "update").count('class="none"') == len(pools)
+    html = write_spectra(found, tmp_path / "page.html").read_text()
+    assert html.count('<td data-value="">-</td>') == 3 * len(pools)
+    assert html.count("<svg") == 5  # maps of A and of B, and their scale
 
 
 def test_folders_that_hold_no_pairs_are_refused(tmp_path: Path) -> None:
@@ -118,39 +177,110 @@ def test_an_adapter_of_peft_is_read(tmp_path: Path) -> None:
     assert found["embed"].spreads == of(
         embed.lora_embedding_A["default"], embed.lora_embedding_B["default"]
     )
-    delta = first.get_delta_weight("default").detach().double()
-    values = torch.linalg.svdvals(delta)[:4]
-    assert found["first"].spreads["update"].effective_rank == pytest.approx(
-        effective_rank(values), rel=1e-5
-    )
+    assert_dense(found["first"], first.get_delta_weight("default"))
+    assert_dense(found["embed"], embed.get_delta_weight("default"))
 
 
-def test_adalora_s_values_and_a_mixture_s_experts_are_in_the_update(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adalora", "kasa", "delora"])
+def test_what_peft_puts_between_the_factors_is_in_the_update(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from peft.tuners.lora.config import KasaConfig as kasa
+
+    first: dict[str, Any] = {"target_modules": ["first"]}
+    config = {
+        "adalora": lambda: peft.AdaLoraConfig(init_r=4, total_step=10, **first),
+        "kasa": lambda: peft.LoraConfig(r=4, kasa_config=kasa(), **first),
+        "delora": lambda: peft.DeloraConfig(r=4, **first),
+    }[kind]()
+    from tests.regularizers.peft_models import adapted
+
+    model = adapted(config)
+    layer = model.base_model.model.first
+    with torch.no_grad():
+        if kind == "kasa":
+            layer.lora_diag["default"].copy_(torch.tensor([3.0, 1.0, 0.3, 0.1]))
+        if kind == "delora":
+            layer.delora_A["default"].mul_(torch.tensor([[9.0], [3.0], [1.0], [0.3]]))
+            layer.delora_w_norm["default"].copy_(torch.linspace(0.2, 3.0, 12))
+    model.save_pretrained(tmp_path)
+    (update,) = spectra_of(tmp_path).updates
+    if kind == "kasa":
+        parts = (layer.lora_B["default"].weight, layer.lora_diag["default"].diag())
+        assert_dense(update, parts[0] @ parts[1] @ layer.lora_A["default"].weight)
+    else:
+        assert_dense(update, layer.get_delta_weight("default"))
+
+
+def test_experts_of_a_mixture_are_updates_and_a_wider_linear_is_one(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from peft import AdaLoraConfig, LoraConfig
+    from peft import LoraConfig
 
-    config = AdaLoraConfig(target_modules=["first"], init_r=4, total_step=10)
-    model = peft_folder(tmp_path / "ada", config)
-    (update,) = spectra_of(tmp_path / "ada").updates
-    delta = model.base_model.model.first.get_delta_weight("default").detach().double()
-    assert update.spreads["update"].stable_rank == pytest.approx(
-        stable_rank(torch.linalg.svdvals(delta)), rel=1e-5
-    )
-    mixture = LoraConfig(target_modules=[], target_parameters=["experts.weight"], r=4)
-    model = peft_folder(tmp_path / "moe", mixture)
-    updates = spectra_of(tmp_path / "moe").updates
-    deltas = model.base_model.model.experts.get_delta_weight("default").detach().double()
-    assert [update.expert for update in updates] == [0, 1, 2]
-    for update, own in zip(updates, deltas, strict=True):
-        expected = effective_rank(torch.linalg.svdvals(own)[:4])
-        assert update.spreads["update"].effective_rank == pytest.approx(expected, rel=1e-5)
+    mixture = LoraConfig(
+        target_modules=["first"], target_parameters=["experts.weight"], r=4,
+        rank_pattern={"first": 8},
+    )  # fmt: skip
+    model = peft_folder(tmp_path, mixture)
+    layers = spectra_of(tmp_path).by_layer()
+    deltas = model.base_model.model.experts.get_delta_weight("default")
+    assert [update.expert for update in layers["experts"]] == [0, 1, 2]
+    for update, own in zip(layers["experts"], deltas, strict=True):
+        assert_dense(update, own)
+    (wide,) = layers["first"]
+    assert wide.rank == 8
+    assert_dense(wide, model.base_model.model.first.get_delta_weight("default"))
 
 
 def test_damaged_adapters_are_named(tmp_path: Path) -> None:
     peft_folder(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(StorageError, match=r"cannot read .*adapter_config\.json"):
+    config = tmp_path / "adapter_config.json"
+    for content, message in (("{", "Expecting"), ("[]", "it holds no settings")):
+        whole, _ = config.read_text(), config.write_text(content)
+        with pytest.raises(StorageError, match=rf"cannot read .*adapter_config\.json: {message}"):
+            spectra_of(tmp_path)
+        config.write_text(whole)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, name: tensors[name] * float("nan")}, weights)
+    with pytest.raises(ConfigError, match=r"factors of \w+ hold values that are not finite"):
         spectra_of(tmp_path)
+    save_file({n: t for n, t in tensors.items() if n != name}, weights)
+    with pytest.raises(StorageError, match="no other factor beside it"):
+        spectra_of(tmp_path)
+    save_file(tensors, weights)
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(StorageError, match="is not a readable safetensors file"):
+        spectra_of(tmp_path)
+    weights.unlink()
+    with pytest.raises(StorageError, match=r"cannot read .*adapter_model\.safetensors: No such"):
+        spectra_of(tmp_path)
+
+
+def test_damaged_artefacts_are_named(tmp_path: Path) -> None:
+    make("sequential-lora").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "evolora.json").read_text())
+    (tmp_path / "evolora.json").write_text(json.dumps({**index, "tensors": {}}))
+    with pytest.raises(StorageError, match=r"evolora\.json is corrupt: it names no tensors"):
+        spectra_of(tmp_path)
+
+
+def test_layers_whose_ranks_stand_in_no_pairs_are_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    from tests.regularizers.peft_models import Net
+
+    model = Net()
+    model.conv = torch.nn.Conv1d(12, 12, 3, padding=1, groups=2)  # type: ignore[assignment]
+    config = peft.LoraConfig(target_modules=["conv", "first"], r=4)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    found = spectra_of(tmp_path / "adapter")
+    assert found.left_out == ("conv",) and set(found.by_layer()) == {"first"}
+    page = tmp_path / "page.html"
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "adapter"), "--redundancy", "--figure", str(page)])
+    said = "no factors that stand in pairs of ranks: conv"
+    assert said in capsys.readouterr().err and said in page.read_text()
 
 
 def test_the_command_prints_a_table_json_and_a_page(
@@ -177,6 +307,20 @@ def test_the_command_prints_a_table_json_and_a_page(
         assert code == 2 and "--redundancy goes with a folder" in err
     code, _, err = inspect("nowhere", "--redundancy")
     assert code == 2 and "reads the folder of a run or adapter; got nowhere" in err
+    code, _, err = inspect("long" * 99, "--redundancy")
+    assert code == 2 and err.endswith("long: File name too long\n")
+    code, out, err = inspect(adapter, "--redundancy", "--figure", adapter)
+    assert code == 2 and f"cannot write {adapter}: Is a directory" in err and out == ""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0)
+    try:
+        with pytest.raises(StorageError, match=r"cannot read .*: Permission denied"):
+            spectra_of(tmp_path)
+    finally:
+        tmp_path.chmod(0o700)
 
 
 def test_layers_are_placed_by_kind_and_block(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tests.experts.builders import D_IN, D_OUT, TOKENS, R, make_bank, per_token
+from tests.experts.test_woven import grown
+from tests.experts.test_woven import layer as woven
 from torch import Tensor, nn
 
 from evolora.errors import ConfigError
@@ -139,6 +141,34 @@ def test_tokens_with_their_own_experts(form: Any) -> None:
         mix(out, x, bank, given, gates, formulation="auto" if form == "dense" else form)
     (record,) = records.collect()
     assert_told(record, bank, expected(bank, x, ids, gates, lengths), [0, 1, 3])
+
+
+@pytest.mark.parametrize("detach_input", [False, True])
+def test_a_path_of_woven_adapters_tells_what_its_own_adapter_reads(detach_input: bool) -> None:
+    made = grown(woven(D_IN, D_OUT, R, activation="relu"), 2)
+    draw, lengths = torch.Generator().manual_seed(0), torch.tensor([6, 1, 3, 5, 2])
+    path = made.grow(draw)
+    assert made.inner is not None
+    made.inner.grow(path, draw, start="identity", std=0.02)
+    host = SiteHost()
+    host.set_route("qformer", Route.of(path, ROWS, summary=lengths - 1))
+    resora = Resora(ResoraConfig(detach_input=detach_input))
+    records = BankRecords(nn.ModuleDict({"qformer/0/query": made}), host, resora)
+    x = torch.randn(ROWS, TOKENS, D_IN, generator=draw, requires_grad=True)
+    with records.watching():
+        made(x, torch.zeros(ROWS, TOKENS, D_OUT), host.route_of("qformer"))
+    (record,) = records.collect()
+    assert record.name == "qformer.0.query" and record.a.shape == (1, R, D_IN)
+    bank = made.bank
+    assert bank.down_bias is not None
+    z = torch.relu(x @ bank.A.active[0].T + bank.down_bias.active[0])
+    seen = torch.cat([row[:length] for row, length in zip(z, lengths.tolist(), strict=True)])
+    assert record.features is not None and record.features.count.tolist() == [len(seen)]
+    wanted = torch.cov(seen.T, correction=0).unsqueeze(0)
+    torch.testing.assert_close(record.features.covariance, wanted)
+    record.features.covariance.sum().backward()
+    assert bank.A.active.grad is not None and bank.A.active.grad.abs().sum() > 0
+    assert (x.grad is None) == detach_input
 
 
 def test_two_groups_of_experts_are_told_apart_and_means_of_tokens_are_no_tokens() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +322,7 @@ def test_passes_without_gradients_are_not_looked_at() -> None:
             model(tokens())
             with torch.no_grad():
                 model(tokens(seed=9))
+        model(tokens(seed=8))  # neither is what runs while nobody watches
         found = records.collect()
     wanted, _ = run(model)
     for mine, theirs in zip(found, wanted, strict=True):
@@ -336,6 +339,22 @@ def test_without_weight_no_hook_is_put_anywhere() -> None:
     with PeftRecords(model, Resora(ResoraConfig(**FEATURES))):
         assert hooks(model) == 2
     assert hooks(model) == 0
+
+
+def test_hooks_are_gone_before_a_model_is_copied_even_after_an_error() -> None:
+    model = adapted(target_modules=["first", "second"])
+    with (
+        pytest.raises(ZeroDivisionError),
+        PeftRecords(model, Resora(ResoraConfig(**FEATURES))) as records,
+        records.watching(),
+    ):
+        model(tokens())
+        raise ZeroDivisionError
+    assert hooks(model) == 0
+    expected = model(tokens())
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert hooks(again) == 0
+        assert torch.equal(again(tokens()), expected)
 
 
 def test_models_without_adapters_and_layers_that_nobody_has_are_refused() -> None:

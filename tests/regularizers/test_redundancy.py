@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -182,6 +183,20 @@ def test_the_order_of_ranks_does_not_matter(side: Any, measure: str) -> None:
 
 
 @EVERY
+def test_neither_does_the_order_of_groups_nor_that_within_them(side: Any, measure: str) -> None:
+    if measure.startswith("gor"):
+        return  # its groups are of rows of the weight, which B's are outputs
+    update, order = random_update(), torch.tensor([5, 4, 0, 1, 3, 2])
+    x = torch.randn(TOKENS, D_IN, dtype=torch.float64)
+    mine = redundancy(measure, side, of(update.a, update.b, x), 3)
+    other = redundancy(measure, side, of(update.a[order], update.b[order], x), 3)
+    torch.testing.assert_close(other, mine, rtol=1e-6, atol=1e-12)
+    torn = torch.tensor([0, 2, 1, 3, 4, 5])  # two ranks change places across groups
+    other = redundancy(measure, side, of(update.a[torn], update.b[torn], x), 3)
+    assert (abs(float(other - mine)) > 1e-4) == (measure != "w_orth")
+
+
+@EVERY
 def test_lengths_do_not_matter_to_normalised_measures(side: Any, measure: str) -> None:
     update = random_update()
     lengths = torch.tensor([2.0, 0.5, -3.0, 1.0, 10.0, 0.2], dtype=torch.float64).unsqueeze(1)
@@ -219,13 +234,37 @@ def test_a_fresh_update_whose_b_is_zero_has_a_finite_loss_and_gradient(
     assert torch.isfinite(dead)
 
 
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("measure", ["w_cos", "f_contrib"])
 @pytest.mark.parametrize("length", [1e-8, 1e-4, 1e-2])
 def test_the_direction_of_short_vectors_pulls_no_harder_than_that_of_the_floor(
-    length: float,
+    length: float, measure: str, groups: int | None
 ) -> None:
     b = (length * torch.nn.functional.normalize(torch.randn(4, D_OUT))).requires_grad_()
-    redundancy("w_cos", "up", Update(torch.zeros(4, 2), b)).backward()
+    x = torch.randn(TOKENS, D_IN)
+    redundancy(measure, "up", of(torch.randn(4, D_IN), b, x), groups).backward()
     assert b.grad is not None and float(b.grad.norm()) < 1.1e3
+
+
+@pytest.mark.parametrize(
+    ("side", "measure"), [("down", "f_corr"), ("down", "f_hsic"), ("up", "f_contrib")]
+)
+def test_a_rank_that_counts_as_longer_than_it_is_pulls_at_no_other_s_length(
+    side: Any, measure: str
+) -> None:
+    """The least length is a share of the layer's own lengths, of which no gradient is taken."""
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(3, D_IN, generator=draw, dtype=torch.float64)
+    b = torch.randn(3, D_OUT, generator=draw, dtype=torch.float64)
+    short = 1e-5 * torch.tensor([[1e5], [1e5], [1.0]], dtype=torch.float64)
+    a, b = (a * short, b) if side == "down" else (a, b * short)
+    x = torch.randn(TOKENS, D_IN, generator=draw, dtype=torch.float64)
+    a.requires_grad_()
+    redundancy(measure, side, of(a, b, x)).backward()
+    assert a.grad is not None
+    pulled = [float(row @ own) for row, own in zip(a.grad, a.detach(), strict=True)]
+    assert pulled[:2] == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert float(a.grad[:2].norm()) > 1e-3
 
 
 @EVERY
@@ -272,17 +311,29 @@ def test_autocast_changes_nothing(side: Any, measure: str) -> None:
     assert half.dtype == torch.float32
 
 
+def test_moments_of_half_precision_are_those_of_its_numbers() -> None:
+    z = torch.randn(1, TOKENS, 4).bfloat16()
+    every, none = torch.ones(1, TOKENS, dtype=torch.bool), torch.zeros(1, dtype=torch.long)
+    exact = torch.cov(z[0].double().T, correction=0).unsqueeze(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for found in (Features.of(z), Features.of(z, every), Features.by_group(z, none, 1, every)):
+            torch.testing.assert_close(found.covariance.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("side", "measure"), [pair for pair in ALL if pair[1] in OF_FEATURES])
 def test_padding_is_not_seen(side: Any, measure: str) -> None:
     update = random_update()
     assert update.features is not None and update.features.tokens is not None
-    z = update.features.tokens
+    z = 0.1 * update.features.tokens  # no token so large that others do not count beside it
     padded = torch.cat([z, 1e3 * torch.randn(9, 6, dtype=torch.float64)])
     real = torch.arange(len(padded)) < len(z)
-    seen = Features.of(padded, real, tokens=True)
+    holes = padded.clone()
+    holes[-2:] = torch.tensor([[math.nan], [math.inf]])
+    seen = Features.of(holes, real, tokens=True)
     assert int(seen.count) == TOKENS
     found = redundancy(measure, side, Update(update.a, update.b, seen))
-    torch.testing.assert_close(found, redundancy(measure, side, update))
+    alone = Update(update.a, update.b, Features.of(z, tokens=True))
+    torch.testing.assert_close(found, redundancy(measure, side, alone))
     unmasked = Features.of(padded, tokens=True)
     assert not torch.isclose(found, redundancy(measure, side, Update(update.a, update.b, unmasked)))
     nothing = Features.of(padded, torch.zeros_like(real), tokens=True)
@@ -296,8 +347,11 @@ def test_weighing_pairs_looks_at_the_likest() -> None:
     weighed = redundancy("w_cos", "down", update, pairwise=True)
     likeness = (rows @ rows.T / rows.norm(dim=1) / rows.norm(dim=1).unsqueeze(1)).abs().detach()
     off = ~torch.eye(3, dtype=torch.bool)
-    expected = (likeness[off].softmax(0) * likeness[off] ** 2).sum()
-    torch.testing.assert_close(weighed.detach(), expected)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    expected = (likeness[off].softmax(0) * (unit @ unit.T)[off] ** 2).sum()
+    torch.testing.assert_close(weighed, expected)
+    pulled = [torch.autograd.grad(loss, rows)[0] for loss in (weighed, expected)]
+    torch.testing.assert_close(*pulled)  # weights are given, not learned
     assert float(weighed) > float(mean)
 
 
@@ -311,7 +365,8 @@ def test_what_does_not_fit_is_refused() -> None:
         redundancy("f_corr", "down", update)
 
 
-def test_lowering_redundancy_spreads_the_regularised_factor() -> None:
+@pytest.mark.parametrize("measure", ["w_cos", "f_corr"])
+def test_lowering_redundancy_spreads_the_regularised_factor(measure: str) -> None:
     """From a collapsed A it falls and A's effective rank rises; that of dW need not."""
     draw = torch.Generator().manual_seed(0)
     base = torch.randn(1, 24, generator=draw)
@@ -325,13 +380,14 @@ def test_lowering_redundancy_spreads_the_regularised_factor() -> None:
         for _ in range(150):
             loss = (x @ a.T @ b - x @ target.T).pow(2).mean()
             if weight:
-                loss = loss + weight * redundancy("w_cos", "down", Update(a, b))
+                loss = loss + weight * redundancy(measure, "down", of(a, b, x))
+                loss = loss + weight * redundancy("f_contrib", "up", of(a, b, x))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         sigma = torch.linalg.svdvals(a.detach())
         share = sigma / sigma.sum()
         erank = float(torch.exp(-(share * share.log()).sum()))
-        results[weight] = float(redundancy("w_cos", "down", Update(a, b))), erank
+        results[weight] = float(redundancy(measure, "down", of(a, b, x))), erank
     assert results[1.0][0] < 0.2 * results[0.0][0]
     assert results[1.0][1] > results[0.0][1] + 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +96,15 @@ def test_ratio_makes_the_term_a_share_of_the_task_s_loss() -> None:
             task_loss=torch.tensor(task, requires_grad=True),
         )
         assert found == pytest.approx(0.1 * task)
+    one, task = records[0], torch.tensor(3.0, requires_grad=True)
+    one.a.requires_grad_()
+    down = {"measure_down": "w_cos", "measure_up": "none", "weight": 0.1, "adaptivity": "ratio"}
+    resora = Resora(ResoraConfig(**down))  # type: ignore[arg-type]
+    resora.total([one], task_loss=task, **LAST)[0].backward()
+    found = redundancy("w_cos", "down", Update(one.a, one.b)).sum()
+    (wanted,) = torch.autograd.grad(0.1 * 3.0 / found.item() * found, one.a)
+    assert one.a.grad is not None and task.grad is None
+    torch.testing.assert_close(one.a.grad, wanted)
     half, _ = total(
         records, weight=0.1, adaptivity="ratio", warmup=1.0, step=4, task_loss=torch.tensor(1.0)
     )
@@ -134,10 +144,11 @@ def test_pairwise_reaches_the_measure() -> None:
 def test_tokens_are_drawn_the_same_ones_every_time() -> None:
     z = torch.randn(2, 50, 3)
     real = torch.arange(50) % 3 > 0
+    z[:, ~real] = 1e6  # which token is real stays with it
     some = Resora(ResoraConfig(max_tokens=20), seed=1)
     first, again = (some.features_of([(z, real)])[0] for _ in range(2))
     assert torch.equal(first.covariance, again.covariance)
-    assert 8 <= int(first.count[0]) < 20
+    assert 8 <= int(first.count[0]) < 20 and float(first.covariance.abs().max()) < 10.0
     other = Resora(ResoraConfig(max_tokens=20), seed=2).features_of([(z, real)])[0]
     assert not torch.equal(first.covariance, other.covariance)
     every = Resora(ResoraConfig(max_tokens=50)).features_of([(z, real), (z[:, :9], None)])
@@ -187,15 +198,30 @@ def test_experts_and_tasks_share_what_their_subspaces_share() -> None:
     assert cut == pytest.approx(6.0)
 
 
-def test_autocast_leaves_the_term_alone() -> None:
-    resora, records = (
-        Resora(ResoraConfig(measure_down="f_corr", measure_up="f_contrib")),
-        [record(0)],
-    )
+def both(measure: str, **settings: Any) -> dict[str, Any]:
+    return {"measure_down": measure, "measure_up": measure, **settings}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"measure_down": "f_corr", "measure_up": "f_contrib"},
+        both("f_dist"),
+        *(both(measure) for measure in ("w_cos", "w_orth", "gor", "gor_intra")),
+        both("w_cos", groups=2),
+        *(both(m, across=across) for m in ("w_cos", "overlap") for across in ("experts", "tasks")),
+    ],
+    ids=str,
+)
+def test_autocast_leaves_the_term_alone(settings: dict[str, Any]) -> None:
+    one = record(0, updates=2, older=1)
+    z = torch.randn(2, 40, 6) @ one.a.mT
+    records = [replace(one, features=Features.of(z, tokens=True))]
+    resora = Resora(ResoraConfig(**settings))
     plain, _ = resora.total(records, **LAST)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside, _ = resora.total(records, **LAST)
-    assert inside.dtype == torch.float32 and torch.equal(inside, plain)
+    assert inside.dtype == torch.float32 and torch.equal(inside, plain) and plain > 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("peft")
 
 from peft import PeftModel
+from safetensors.torch import load_file
 from tests.regularizers.peft_models import sentences, tiny_llama
 from transformers import Trainer, TrainingArguments
 
@@ -28,7 +29,11 @@ class RegularisedTrainer(ResoraTrainerMixin, Trainer):
 
 
 class KeepsGradients(RegularisedTrainer):
-    """Notes the gradients of each optimizer step."""
+    """Notes the gradients of each optimizer step, and the hooks of the last forward."""
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        self.hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+        return super().compute_loss(model, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -74,18 +79,31 @@ def difference(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, 
 OFF = ResoraConfig(weight=0.0)
 
 
-@pytest.mark.parametrize("scaled", [None, False], ids=["by items", "by steps"])
-def test_one_step_of_four_equals_four_forwards_of_one(tmp_path: Path, scaled: bool | None) -> None:
-    """Whoever divides the loss by the accumulation steps, Trainer or model."""
+def by_function(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A loss of the user's own, over the tokens of all forwards of a step."""
+    logits = outputs["logits"][:, :-1].flatten(0, 1)
+    found = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return found / num_items_in_batch
+
+
+@pytest.mark.parametrize("scaled", ["by items", "by steps", "by a function", "smoothed"])
+def test_one_step_of_four_equals_four_forwards_of_one(tmp_path: Path, scaled: str) -> None:
+    """Whoever makes the loss and divides it by the accumulation steps: Trainer, model or user."""
 
     class Declared(KeepsGradients):
-        loss_is_scaled_for_ga = scaled
+        loss_is_scaled_for_ga = False if scaled == "by steps" else None
 
-    whole = pulled(tmp_path, WEIGHTS, kind=Declared)
-    plain = pulled(tmp_path, OFF, kind=Declared)
-    cut: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    parts = pulled(tmp_path, WEIGHTS, kind=Declared, **cut)
-    plain_parts = pulled(tmp_path, OFF, kind=Declared, **cut)
+        def __init__(self, **kwargs: Any) -> None:
+            given = {"compute_loss_func": by_function} if scaled == "by a function" else {}
+            super().__init__(**kwargs, **given)
+            self.model_accepts_loss_kwargs &= scaled != "by a function"  # as many models do not
+
+    own: dict[str, Any] = {"kind": Declared}
+    if scaled == "smoothed":  # the model's own loss is not asked for
+        own["label_smoothing_factor"] = 0.1
+    whole, plain = pulled(tmp_path, WEIGHTS, **own), pulled(tmp_path, OFF, **own)
+    cut = {**own, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    parts, plain_parts = pulled(tmp_path, WEIGHTS, **cut), pulled(tmp_path, OFF, **cut)
     term = difference(whole, plain)
     assert max(float(gradient.abs().max()) for gradient in term.values()) > 1e-3
     torch.testing.assert_close(difference(parts, plain_parts), term, rtol=1e-3, atol=1e-6)
@@ -146,8 +164,11 @@ def test_without_weight_gradients_are_bit_for_bit_those_of_the_plain_trainer(
 
     off, plain = pulled(tmp_path, OFF), pulled(tmp_path, OFF, kind=Plain)
     assert all(torch.equal(off[name], gradient) for name, gradient in plain.items())
-    held = pulled(tmp_path, FEATURES)
-    assert any(not torch.equal(held[name], plain[name]) for name in plain)
+    made = {name: trainer(tmp_path, config) for name, config in (("off", OFF), ("on", FEATURES))}
+    for one in made.values():
+        one.train()
+    assert any(not torch.equal(made["on"].pulled[0][name], plain[name]) for name in plain)
+    assert made["off"].hooks == 0 < made["on"].hooks
 
 
 def test_bf16_forwards_are_measured_in_float32(tmp_path: Path) -> None:
@@ -173,6 +194,14 @@ def test_the_model_that_is_left_is_a_stock_one(tmp_path: Path) -> None:
     assert set(model.state_dict()) == keys
     assert not any(module._forward_hooks for module in model.modules())
     made.save_model(str(tmp_path / "adapter"))
+    free = trainer(tmp_path, OFF, max_steps=3)
+    free.train()
+    free.save_model(str(tmp_path / "free"))
+    files = [tmp_path / name for name in ("adapter", "free")]
+    assert len({(one / "adapter_config.json").read_text() for one in files}) == 1
+    mine, plain = (load_file(one / "adapter_model.safetensors") for one in files)
+    assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in plain.items()}
+    assert any(not torch.equal(mine[name], plain[name]) for name in plain)
     batch = {k: torch.stack([s[k] for s in sentences(4)]) for k in ("input_ids", "attention_mask")}
     model.eval()
     again = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / "adapter").eval()
@@ -203,6 +232,30 @@ def test_learned_scales_are_trained_beside_the_model_and_are_no_part_of_it(tmp_p
     assert all(-0.026 < scale < -0.02 for scale in scales.values())
     assert all(scale.grad is None for scale in made.resora.scales.values())
     assert set(model.state_dict()) == keys
+
+
+def test_padding_is_not_seen(tmp_path: Path) -> None:
+    """The mask that goes to the model goes to the regulariser."""
+
+    class Longer(KeepsGradients):
+        """Pads the batch by tokens that the plain one does not have."""
+
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            given = super()._prepare_inputs(inputs)
+            return {
+                name: torch.nn.functional.pad(value, (0, 4), value=-100 if name == "labels" else 0)
+                for name, value in given.items()
+            }
+
+    plain, longer = pulled(tmp_path, FEATURES), pulled(tmp_path, FEATURES, kind=Longer)
+    torch.testing.assert_close(longer, plain, rtol=1e-3, atol=1e-6)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path: Path) -> None:
+    args = trainer(tmp_path, OFF).args
+    args._n_gpu = 2
+    with pytest.raises(ConfigError, match=r"one process drives 2 GPUs.*torchrun"):
+        RegularisedTrainer(model=tiny_llama(), args=args, resora=FEATURES)
 
 
 def test_a_model_without_adapters_is_refused(tmp_path: Path) -> None:

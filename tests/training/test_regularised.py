@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tests.backbones.writers import writer
 from tests.conftest import ToyProcessor, toy_model, toy_task
-from tests.contract.cases import make, toy_backbone, training_batches
+from tests.contract.cases import training_batches
 from tests.methods.texts import task
 from tests.training.caching import learner_of
 from tests.training.test_distributed import HARD, assert_same_result, two
@@ -18,7 +17,6 @@ from tests.training.worker import TERMS, TOY, toy_run
 from torch import Tensor
 
 from evolora.backbones.clip import DualEncoder
-from evolora.errors import ConfigError
 from evolora.experts.bank import ExpertBank
 from evolora.learner import Learner, Progress
 from evolora.methods.lora import LoRAPerTaskConfig, SequentialLoRAConfig
@@ -36,49 +34,6 @@ RESORA = ResoraConfig(
 )
 COSINES = ResoraConfig(weight=0.5, warmup=0.0, measure_down="w_cos", measure_up="w_cos")
 LORA = SequentialLoRAConfig(r=4, target_modules=("q_proj", "fc1"))
-TELLING = (
-    *("sequential-lora", "moe-adapters", "moe-lora", "branch-lora", "dyn-mole", "moe-cl"),
-    "d-mole",
-)
-
-
-def started(method: str | Any, *configs: ResoraConfig) -> tuple[Learner, Regularised]:
-    """A learner at the start of a toy task, with experts that are no longer zero."""
-    learner = make(method) if isinstance(method, str) else learner_of(method, max_steps=1)
-    learner.begin(toy_task(0))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in learner.method.trainable().items():
-            if ".B." in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
-    learner.method.train()
-    return learner, Regularised(learner.method, configs, total_steps=1)
-
-
-def gradients(learner: Learner, module: torch.nn.Module) -> dict[str, Tensor]:
-    learner.method.zero_grad()
-    torch.manual_seed(0)
-    module(next(training_batches(learner, 0)))["loss"].backward()
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in learner.method.trainable().items()
-        if parameter.grad is not None
-    }
-
-
-@pytest.mark.parametrize("method", TELLING)
-def test_the_experts_of_a_method_are_regularised(method: str) -> None:
-    learner, both = started(method, RESORA, COSINES)
-    batch = next(training_batches(learner, 0))
-    terms = both(batch)
-    plain = learner.method(batch)
-    assert float(terms["redundancy_down"]) > 0 and float(terms["redundancy_up"]) > 0
-    assert terms["loss"].item() > plain["loss"].item() > 0
-    pulled, free = gradients(learner, both), gradients(learner, learner.method)
-    banks = [name for name in free if ".B." in name or ".A." in name]
-    assert banks and any(not torch.equal(pulled[name], free[name]) for name in banks)
-    assert all(bank.recorder is None for bank in learner.method.modules()
-               if isinstance(bank, ExpertBank))  # fmt: skip
 
 
 def test_padding_is_no_token_of_a_model_that_writes() -> None:
@@ -103,20 +58,6 @@ def test_padding_is_no_token_of_a_model_that_writes() -> None:
     for record in records.collect():
         assert record.features is not None
         assert record.features.count.tolist() == [float(real.sum())]
-
-
-def test_factors_that_are_composed_anew_are_regularised_by_their_weights() -> None:
-    learner, both = started("delo", COSINES)
-    assert float(both(next(training_batches(learner, 0)))["redundancy_down"]) > 0
-    with pytest.raises(ConfigError, match=r"composed anew.*use w_cos"):
-        Learner(toy_backbone("clip"), method=learner.method.config, regularizers=[RESORA])
-
-
-def test_a_method_without_low_rank_experts_is_refused_before_it_learns() -> None:
-    with pytest.raises(ConfigError, match="has none at any site"):
-        Learner(
-            toy_backbone("clip"), method=make("linear-probe").method.config, regularizers=[RESORA]
-        )
 
 
 def learned(method: Any, *configs: ResoraConfig, **training: Any) -> dict[str, Tensor]:

@@ -7,6 +7,10 @@
 
 The singular values of dW = B A come from an r x r product: B = Q_B R_B, A^T = Q_A R_A, and those of
 R_B R_A^T are theirs. A scale changes none of these numbers.
+
+Where PEFT puts something between the factors (AdaLoRA's and KaSA's diagonal, DeLoRA's unit lengths
+and the widths of the base's columns), A is what the update has of it. Of HiRA, whose update is the
+base times B A entry by entry, the numbers are those of B A.
 """
 
 from __future__ import annotations
@@ -48,13 +52,19 @@ class UpdateSpread:
         layer: its name.
         expert: which of the layer's experts it is; None where there is one.
         rank: r.
-        spreads: "A", "B" and "update".
+        spreads: "A", "B" and "update"; no "update" of pools whose factors are paired anew for
+            each input.
     """
 
     layer: str
     expert: int | None
     rank: int
     spreads: Mapping[str, Spread]
+
+    @property
+    def idle(self) -> bool:
+        """Whether it writes nothing: its B is zero, as before training."""
+        return self.spreads["B"].stable_rank == 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +74,18 @@ class Spectra:
     Args:
         source: the folder.
         updates: by the names of their layers, whose numbers count as such.
+        left_out: layers whose factors do not stand in pairs of ranks (grouped convolutions,
+            block-diagonal factors).
     """
 
     source: str
     updates: tuple[UpdateSpread, ...]
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {"source": self.source, "updates": [asdict(update) for update in self.updates]}
+        updates = [asdict(update) for update in self.updates]
+        return {"source": self.source, "updates": updates, "left_out": list(self.left_out)}
 
     def by_layer(self) -> dict[str, list[UpdateSpread]]:
         """Return the updates of each layer."""
@@ -81,9 +95,15 @@ class Spectra:
         return found
 
 
-def mean_spread(updates: list[UpdateSpread], side: str) -> Spread:
-    """Return the means over updates of one side's numbers."""
-    spreads = [asdict(update.spreads[side]) for update in updates]
+def mean_spread(updates: list[UpdateSpread], side: str) -> Spread | None:
+    """Return the means over updates of one side's numbers; None where none has them.
+
+    Idle updates do not count beside others.
+    """
+    at_work = [update for update in updates if not update.idle] or updates
+    spreads = [asdict(update.spreads[side]) for update in at_work if side in update.spreads]
+    if not spreads:
+        return None
     return Spread(**{
         name: sum(spread[name] for spread in spreads) / len(spreads) for name in spreads[0]
     })  # fmt: skip
@@ -96,26 +116,50 @@ def spectra_of(folder: Path) -> Spectra:
         ConfigError: there is no such folder, or no update in it that stands in pairs of factors.
         StorageError: a file is missing or damaged.
     """
-    if (folder / INDEX).exists():
-        found = _of_artefact(folder)
-    elif (folder / ADAPTER).exists():
-        found = _of_adapter(folder)
-    else:
+    try:
+        kinds = [name for name in (INDEX, ADAPTER) if (folder / name).exists()]
+    except OSError as error:  # of a folder that may not be looked into
+        raise StorageError(f"cannot read {folder}: {error.strerror or error}") from error
+    if not kinds:
         raise ConfigError(
             f"{folder} is no finished run, artefact or PEFT adapter: it has neither {INDEX} nor "
             f"{ADAPTER}"
         )
-    updates = []
-    for layer, a, b in sorted(found, key=lambda each: _in_order(each[0])):
-        for expert in range(len(a)):
-            number = expert if len(a) > 1 else None
-            spreads = spread_of(a[expert], b[expert])
+    found = list(_of_artefact(folder) if kinds[0] == INDEX else _of_adapter(folder))
+    updates, left_out = [], []
+    for one in sorted(found, key=lambda each: _in_order(each.layer)):
+        if one.a is None or one.b is None:
+            left_out.append(one.layer)
+            continue
+        if not (one.a.isfinite().all() and one.b.isfinite().all()):
+            raise ConfigError(
+                f"{folder}: the factors of {one.layer} hold values that are not finite, so they "
+                "have no spectrum: did its training diverge?"
+            )
+        for expert in range(len(one.a)):
+            number = expert if len(one.a) > 1 else None
+            spreads = spread_of(one.a[expert], one.b[expert])
+            if not one.paired:
+                del spreads["update"]
             updates.append(
-                UpdateSpread(layer=layer, expert=number, rank=a.shape[1], spreads=spreads)
+                UpdateSpread(layer=one.layer, expert=number, rank=one.a.shape[1], spreads=spreads)
             )
     if not updates:
         raise ConfigError(f"{folder} holds no low-rank updates that stand in pairs of factors")
-    return Spectra(source=str(folder), updates=tuple(updates))
+    return Spectra(source=str(folder), updates=tuple(updates), left_out=tuple(left_out))
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The updates of a layer: A (e, r, d_in) and B (e, r, d_out), None where it has no such.
+
+    ``paired`` says whether the k-th rank of A goes with the k-th of B.
+    """
+
+    layer: str
+    a: Tensor | None = None
+    b: Tensor | None = None
+    paired: bool = True
 
 
 def _in_order(layer: str) -> list[tuple[bool, int, str]]:
@@ -174,9 +218,12 @@ def _cosines(rows: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def _of_artefact(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (layer, A (e, r, d_in), B (e, r, d_out)) of a method's banks."""
-    sha256 = str(read_json(folder / INDEX, kind="artefact")["tensors"]["sha256"])
+def _of_artefact(folder: Path) -> Iterator[_Found]:
+    """Yield the updates of a method's banks and pools."""
+    try:
+        sha256 = str(read_json(folder / INDEX, kind="artefact")["tensors"]["sha256"])
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"{folder / INDEX} is corrupt: it names no tensors") from error
     tensors = read_tensors(folder / TENSORS, sha256=sha256)
 
     def rows(stack: str) -> Tensor:
@@ -190,21 +237,25 @@ def _of_artefact(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
             continue
         owner = stack.removesuffix(".B")
         b, layer = rows(stack), owner.removeprefix("layers.").replace("/", ".")
-        if b.dim() != 3 or len(b) == 0:
-            continue  # factors that are composed anew for each input, or no expert here
+        layer = layer.removesuffix(".bank").replace(".bank.", ".")
+        pools = len(tensors.get(f"{owner}.down_router.slot", ()))
         trunk = f"{owner.removesuffix('.bank')}.trunk"
-        a = rows(trunk).expand(len(b), -1, -1) if f"{trunk}.slot" in tensors else rows(f"{owner}.A")
-        yield layer.removesuffix(".bank").replace(".bank.", "."), a, b
+        if len(b) == 0 or (b.dim() != 3 and not pools):
+            continue  # no expert here
+        if pools:  # of each task, factors that are paired anew for each input
+            a, b = (each.reshape(pools, -1, each.shape[-1]) for each in (rows(f"{owner}.A"), b))
+            yield _Found(layer, a, b, paired=False)
+        elif f"{trunk}.slot" in tensors:
+            yield _Found(layer, rows(trunk).expand(len(b), -1, -1), b)
+        else:
+            yield _Found(layer, rows(f"{owner}.A"), b)
 
 
-def _of_adapter(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (layer, A (e, r, d_in), B (e, r, d_out)) of the layers of a PEFT adapter."""
-    try:
-        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {folder / ADAPTER}: {error}") from error
+def _of_adapter(folder: Path) -> Iterator[_Found]:
+    """Yield the updates of the layers of a PEFT adapter."""
+    config = _peft_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
-    rank = int(config.get("r") or 0)
+    mixtures = {name.rpartition(".")[0] for name in config.get("target_parameters") or ()}
     for name, a in tensors.items():
         match = _FACTOR.match(name)
         if match is None:
@@ -213,8 +264,40 @@ def _of_adapter(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
         b = tensors.get(f"{layer}.{prefix}_B{weight}")
         if b is None:
             raise StorageError(f"{folder / WEIGHTS} has {name!r} and no other factor beside it")
-        values = tensors.get(f"{layer}.lora_E")  # AdaLoRA's singular values
-        a = a if values is None else a * values
-        stacked = bool(config.get("target_parameters")) and rank and len(a) % rank == 0
-        experts = len(a) // rank if stacked else 1
-        yield (layer.removeprefix("base_model.model."), *as_ranks(a, b, layer, experts=experts))
+        shown = layer.removeprefix("base_model.model.")
+        stacked = any(f".{shown}.".replace(".base_layer", "").endswith(f".{m}.") for m in mixtures)
+        rank = int(config.get("r") or 0)
+        experts = len(a) // rank if stacked and rank and len(a) % rank == 0 else 1
+        try:
+            a, b = as_ranks(a, b, layer, experts=experts)
+        except ConfigError:
+            yield _Found(shown)
+            continue
+        yield _Found(shown, *_as_multiplied(a, b, tensors, layer))
+
+
+def _as_multiplied(
+    a: Tensor, b: Tensor, tensors: Mapping[str, Tensor], layer: str
+) -> tuple[Tensor, Tensor]:
+    """Return A and B with what PEFT multiplies them by; see the module docstring."""
+    for name in ("lora_E", "lora_diag"):
+        values = tensors.get(f"{layer}.{name}")
+        if values is not None:
+            return a * values.reshape(1, -1, 1), b
+    widths = tensors.get(f"{layer}.delora_w_norm")
+    if widths is None:
+        return a, b
+    a, b = (each / torch.linalg.vector_norm(each, dim=2, keepdim=True).clamp_min(1e-4)
+            for each in (a, b))  # fmt: skip
+    return a * widths, b
+
+
+def _peft_config(folder: Path) -> dict[str, Any]:
+    """Return an adapter's settings."""
+    try:
+        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {folder / ADAPTER}: {error}") from error
+    if not isinstance(config, dict):
+        raise StorageError(f"cannot read {folder / ADAPTER}: it holds no settings")
+    return config

@@ -13,6 +13,7 @@ Source: PathWeave (arXiv 2410.20178): adapter-in-adapter.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Literal
 
 import torch
@@ -148,6 +149,9 @@ class WovenLayer(ExpertLayer):
         hidden = inside.view(*inside.shape[:-1], path + 1 - first, bank.r)
         if bank.activation == "relu":
             hidden = torch.relu(hidden)
+        if bank.recorder is not None and hidden.requires_grad and route.uniform is not None:
+            again = partial(self._read, down=down[-1], bias=bias[-1])
+            bank.recorder.see(bank, hidden[:, :, -1], (path,), None, x, again)
         inner = self._inner(path)
         if inner is not None and path > first:
             hidden = torch.cat([inner(hidden[:, :, :-1], path), hidden[:, :, -1:]], dim=2)
@@ -158,6 +162,11 @@ class WovenLayer(ExpertLayer):
         wide = torch.cat([hidden.flatten(2), weights.expand(*x.shape[:2], -1)], dim=-1)
         matrix = torch.cat([up.flatten(0, 1), offset])
         return accumulate(out, wide, matrix, inplace=may_overwrite(out))
+
+    def _read(self, x: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+        """Return what one adapter makes of x: (b, n, r)."""
+        inside = F.linear(x.to(down.dtype), down, bias)
+        return torch.relu(inside) if self.bank.activation == "relu" else inside
 
     def _inner(self, path: int) -> InAdapters | None:
         if self._lender is not None and path in self._lender[1]:

@@ -46,18 +46,26 @@ class BankRecords:
         layers: the method's layers by key ("tower/block/name").
         host: whose routes its sites have.
         resora: the regulariser.
+        method: name of the method, for messages.
 
     Raises:
         ConfigError: there are no low-rank experts, none that ``layers`` selects, or some that do
             not tell their bottlenecks where these are read.
     """
 
-    def __init__(self, layers: nn.ModuleDict, host: SiteHost, resora: Resora) -> None:
+    def __init__(
+        self,
+        layers: nn.ModuleDict,
+        host: SiteHost,
+        resora: Resora,
+        *,
+        method: str = "this method",
+    ) -> None:
         self.resora, self.config = resora, resora.config
         every = list(_sources(layers))
         if not every:
             raise ConfigError(
-                "resora compares low-rank experts, and this method has none at any site"
+                f"resora compares low-rank experts, and {method} has none at any site"
             )
         self.sources = [source for source in every if self.config.selects(source.name)]
         if not self.sources:

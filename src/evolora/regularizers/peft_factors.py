@@ -22,7 +22,7 @@ def factors_of(layer: Any, adapter: str, name: str) -> tuple[Tensor, Tensor]:
     """
     down, up = (getattr(layer, f"{prefix_of(layer)}_{side}")[adapter] for side in ("A", "B"))
     a, b = whole(weight_of(down)), whole(weight_of(up))
-    if a.dim() < 2 or b.dim() < 2 or a.numel() == 0 or getattr(up, "groups", 1) != 1:
+    if not (_is_there(a) and _is_there(b)) or getattr(up, "groups", 1) != 1:
         raise ConfigError(
             f"resora: the factors of {name} are {tuple(a.shape)} and {tuple(b.shape)} here: in "
             "parts (FSDP1, ZeRO-3), or those of a grouped convolution; leave it out by layers="
@@ -57,10 +57,25 @@ def weight_of(factor: Any) -> Tensor:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Return a weight gathered from all processes, if it is in parts (FSDP2)."""
+    """Return a weight gathered from all processes, if it is in parts (FSDP2).
+
+    Its gradient is the mean of the processes', as data parallelism has it: what they make of it may
+    differ.
+    """
     gather = getattr(weight, "full_tensor", None)
-    found: Tensor = weight if gather is None else gather()
-    return found
+    if gather is None:
+        return weight
+    from torch.distributed.tensor import Partial
+
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+    found: Tensor = gather(grad_placements=[Partial()] * mesh.ndim)
+    mean: Tensor = found.detach() + (found - found.detach()) / mesh.size()
+    return mean
+
+
+def _is_there(weight: Tensor) -> bool:
+    """Return whether a process holds a matrix, and not a part of it, or its shape alone."""
+    return weight.dim() >= 2 and weight.numel() > 0 and weight.untyped_storage().nbytes() > 0
 
 
 def prefix_of(layer: Any) -> str | None:

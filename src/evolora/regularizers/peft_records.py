@@ -20,7 +20,7 @@ copying the model). What a hook sees is only kept; a second run of the forward i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -158,23 +158,21 @@ class PeftRecords:
         Raises:
             ConfigError: activations were asked for, and a layer told none.
         """
-        keys = self._keys()
-        features: Mapping[Key, Features] = {}
-        if self.config.reads_features:
-            features = dict(zip(keys, self._features(keys), strict=True))
-        else:
+        keys, reads = self._keys(), self.config.reads_features
+        if not reads:
             keys = [key for key in keys if self._runs(key[0])]
+        factors = [factors_of(self.layers[name], adapter, name) for name, adapter in keys]
+        features = self._features(keys) if reads else [None] * len(keys)
         self._seen.clear()
         records = []
-        for name, adapter in keys:
-            a, b = factors_of(self.layers[name], adapter, name)
+        for (name, adapter), (a, b), known in zip(keys, factors, features, strict=True):
             older = tuple(self._older(name)) if self.config.across == "tasks" else ()
-            records.append(Record(f"{name}.{adapter}", a, b, features.get((name, adapter)), older))
+            records.append(Record(f"{name}.{adapter}", a, b, known, older))
         if self.config.across == "experts":
             return _joined(records)
         return records
 
-    def _features(self, keys: Sequence[Key]) -> list[Features]:
+    def _features(self, keys: Sequence[Key]) -> Sequence[Features | None]:
         wanted: list[tuple[Tensor, Tensor | None]] = []
         known: Tensor | None = None if self._mask is None else self._mask.flatten()
         for key in keys:
@@ -288,7 +286,7 @@ def _plain(name: str) -> str:
     """Return a layer's name without what wrappers put before it."""
     for wrapper in ("_orig_mod.", "module."):
         name = name.removeprefix(wrapper)
-    return name.replace("._orig_mod", "")
+    return name.replace("._orig_mod", "").replace("_fsdp_wrapped_module.", "")
 
 
 def _in_parallel() -> bool:

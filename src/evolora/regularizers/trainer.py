@@ -94,7 +94,7 @@ class ResoraTrainerMixin(_Trainer):
             result: Any = super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss: Tensor = result[0] if return_outputs else result
         steps = self._steps_it_is_divided_by(num_items_in_batch)
-        task = loss.detach() * steps / self._processes_it_is_multiplied_by(num_items_in_batch)
+        task = loss.detach() * steps  # of this process's rows
         term, metrics = self.resora.total(
             records.collect(), step=step, total_steps=self.state.max_steps, task_loss=task
         )
@@ -125,13 +125,6 @@ class ResoraTrainerMixin(_Trainer):
             by_model = self.model_accepts_loss_kwargs and items is not None
             scaled = by_model or self.compute_loss_func is not None
         return int(self.current_gradient_accumulation_steps) if scaled else 1
-
-    def _processes_it_is_multiplied_by(self, items: Tensor | int | None) -> int:
-        """Return what ``Trainer.compute_loss`` multiplied the loss by."""
-        counted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        if not (self.args.average_tokens_across_devices and counted and items is not None):
-            return 1
-        return int(self.accelerator.num_processes)
 
 
 def _clear(parameters: Sequence[nn.Parameter]) -> None:

@@ -8,11 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from evolora.evaluation.spectra import SIDES, Spectra, UpdateSpread, mean_spread
+from evolora.evaluation.spectra import SIDES, Spectra, Spread, UpdateSpread, mean_spread
 from evolora.report.parts import framed, page
 from evolora.report.svg import Cell, HeatMap, scale
 
 NAMES = {"A": "A: what it reads", "B": "B: what it writes", "update": "the update B A"}
+STYLE = """
+table.sortable th, table.sortable td { padding: 5px 6px; }
+table.sortable th { white-space: normal; }
+table.sortable td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }
+"""
+"""Eleven columns on one screen; long names of layers leave room beside them on a phone."""
 _BLOCK = re.compile(r"^(.*?)(?:^|\.)(\d+)\.(.*)$")
 
 
@@ -20,21 +26,24 @@ def write_spectra(found: Spectra, out: str | Path) -> Path:
     """Write the page (one self-contained HTML file) and return its path."""
     from evolora.storage.files import write_bytes
 
+    sides = [side for side in SIDES if any(side in one.spreads for one in found.updates)]
     body = [
         f"<h1>Redundancy of {escape(found.source)}</h1>",
         "<h2>Share of its rank that an update uses</h2>",
         "<p>Effective rank over rank (%): 100 where all singular values are alike. Rows: kinds of "
-        "layers; columns: blocks; means over a layer's experts.</p>",
+        "layers; columns: blocks; means over a layer's experts, but for idle ones (B is zero).</p>",
         scale(),
-        framed((NAMES[side], share_map(found, side)) for side in SIDES),
+        framed((NAMES[side], share_map(found, side)) for side in sides),
         "<h2>Likeness of ranks</h2>",
         "<p>Mean |cosine| of pairs of ranks (%): 0 where none repeats another.</p>",
-        framed((NAMES[side], likeness_map(found, side)) for side in SIDES),
+        framed((NAMES[side], likeness_map(found, side)) for side in sides),
         "<h2>Numbers</h2>",
         _table(found),
     ]
+    if found.left_out:
+        body.append(f"<p>{escape(left_out_of(found))}.</p>")
     target = Path(out)
-    write_bytes(target, page("Redundancy", body).encode())
+    write_bytes(target, page("Redundancy", body, STYLE).encode())
     return target
 
 
@@ -43,7 +52,8 @@ def share_map(found: Spectra, side: str) -> str:
     return _map(
         found,
         f"effective rank of {side} as a share of the rank",
-        lambda own: mean_spread(own, side).effective_rank / own[0].rank,
+        side,
+        lambda own, spread: spread.effective_rank / own[0].rank,
     )
 
 
@@ -52,7 +62,8 @@ def likeness_map(found: Spectra, side: str) -> str:
     return _map(
         found,
         f"mean absolute cosine of the ranks of {side}",
-        lambda own: mean_spread(own, side).correlation,
+        side,
+        lambda _, spread: spread.correlation,
     )
 
 
@@ -82,7 +93,9 @@ def places_of(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _map(found: Spectra, label: str, value: Callable[[list[UpdateSpread]], float]) -> str:
+def _map(
+    found: Spectra, label: str, side: str, value: Callable[[list[UpdateSpread], Spread], float]
+) -> str:
     layers = found.by_layer()
     places = places_of(layers)
     rows = list(dict.fromkeys(kind for kind, _ in places.values()))
@@ -94,8 +107,11 @@ def _map(found: Spectra, label: str, value: Callable[[list[UpdateSpread]], float
     names: dict[tuple[int, int], list[str]] = {}
     for layer, own in layers.items():
         kind, block = places[layer]
+        spread = mean_spread(own, side)
+        if spread is None:
+            continue
         key = (rows.index(kind), columns.index(block))
-        sums.setdefault(key, []).append(value(own))
+        sums.setdefault(key, []).append(value(own, spread))
         names.setdefault(key, []).append(layer)
 
     def cell(i: int, j: int) -> Cell:
@@ -115,7 +131,13 @@ def _map(found: Spectra, label: str, value: Callable[[list[UpdateSpread]], float
         label=label,
         hover=hover,
         upright=True,
+        letters=32,  # names of one block differ at their ends
     ).draw()
+
+
+def left_out_of(found: Spectra) -> str:
+    """Return which layers the numbers do not speak of."""
+    return f"Left out, for no factors that stand in pairs of ranks: {', '.join(found.left_out)}"
 
 
 def columns_of(side: str) -> tuple[str, str, str]:
@@ -123,17 +145,28 @@ def columns_of(side: str) -> tuple[str, str, str]:
     return (f"erank {side}", f"stable {side}", f"|cos| {side}")
 
 
-def rows_of(found: Spectra) -> list[tuple[str, str, list[float]]]:
+def rows_of(found: Spectra) -> list[tuple[str, str, list[float | None]]]:
     """Return (layer, rank and experts, numbers of A, B and the update) of each layer."""
     rows = []
     for layer, own in found.by_layer().items():
-        numbers: list[float] = []
+        numbers: list[float | None] = []
         for side in SIDES:
             spread = mean_spread(own, side)
-            numbers += [spread.effective_rank, spread.stable_rank, spread.correlation]
+            numbers += (
+                [None] * 3
+                if spread is None
+                else [spread.effective_rank, spread.stable_rank, spread.correlation]
+            )
         size = str(own[0].rank) if len(own) == 1 else f"{own[0].rank} x {len(own)}"
+        idle = sum(update.idle for update in own)
+        size += f", {idle} idle" if idle else ""
         rows.append((layer, size, numbers))
     return rows
+
+
+def text_of(value: float | None) -> str:
+    """Return a number as tables show it."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _table(found: Spectra) -> str:
@@ -141,11 +174,14 @@ def _table(found: Spectra) -> str:
     head = "".join(f'<th><button type="button">{escape(title)}</button></th>' for title in heads)
     body = []
     for layer, size, numbers in rows_of(found):
-        cells = "".join(f'<td data-value="{value}">{value:.2f}</td>' for value in numbers)
+        cells = "".join(
+            f'<td data-value="{"" if value is None else value}">{text_of(value)}</td>'
+            for value in numbers
+        )
         name = escape(layer, quote=True)
         body.append(
-            f'<tr><td data-value="{name}">{name}</td>'
-            f'<td data-value="{size.split()[0]}">{size}</td>{cells}</tr>'
+            f'<tr><td data-value="{name}">{name.replace(".", ".<wbr>")}</td>'
+            f'<td data-value="{int(size.split()[0].rstrip(","))}">{size}</td>{cells}</tr>'
         )
     return (
         f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'

@@ -66,11 +66,13 @@ class HeatMap:
     cell: tuple[int, int] = (28, 22)
     marks: frozenset[int] = frozenset()
     upright: bool = False  # short column labels (numbers) stay horizontal
+    letters: int = 13  # of a row's label
 
     def draw(self) -> str:
         """Return the SVG element."""
         wide, high = self.cell
-        left = 12 + _LETTER * max((len(short(name)) for name in self.rows), default=0)
+        labels = (len(short(name, self.letters)) for name in self.rows)
+        left = 12 + _LETTER * max(labels, default=0)
         longest = max((len(short(name)) for name in self.columns), default=0)
         top = 14.0 if self.upright else 13 + 0.87 * _LETTER * longest
         overhang = 0.0 if self.upright else max(0.0, 0.5 * _LETTER * longest - wide / 2)
@@ -89,7 +91,7 @@ class HeatMap:
             y = top + high * (i + 0.5) + 4
             parts.append(
                 f'<text class="tick" x="{left - 5:.1f}" y="{y:.1f}" text-anchor="end">'
-                f"{_titled(name)}</text>"
+                f"{_titled(name, self.letters)}</text>"
             )
             parts.extend(self._cell(i, j, left + wide * j, top + high * i) for j in self._range())
         for j in sorted(self.marks):
@@ -293,8 +295,8 @@ def _open(width: float, height: float, label: str) -> str:
     )
 
 
-def _titled(name: str) -> str:
-    return f"{escape(short(name))}<title>{escape(name)}</title>"
+def _titled(name: str, letters: int = 13) -> str:
+    return f"{escape(short(name, letters))}<title>{escape(name)}</title>"
 
 
 def _rgb(value: str) -> tuple[int, int, int]:

@@ -48,7 +48,9 @@ class Regularised(nn.Module):
         self.parts: list[tuple[Resora, BankRecords]] = []
         for config in configs:
             resora: Resora = REGULARIZERS.get(config.type)(config, seed=seed)
-            records = BankRecords(method.layers, method.backbone.host, resora)
+            records = BankRecords(
+                method.layers, method.backbone.host, resora, method=method.config.type
+            )
             self.parts.append((resora, records))
         self.scales = nn.ParameterList(self.own().values()).to(method.backbone.device)
 

@@ -152,7 +152,9 @@ def test_a_path_of_woven_adapters_tells_what_its_own_adapter_reads(detach_input:
     made.inner.grow(path, draw, start="identity", std=0.02)
     host = SiteHost()
     host.set_route("qformer", Route.of(path, ROWS, summary=lengths - 1))
-    resora = Resora(ResoraConfig(detach_input=detach_input))
+    resora = Resora(
+        ResoraConfig(detach_input=detach_input, measure_down="f_corr", measure_up="f_contrib")
+    )
     records = BankRecords(nn.ModuleDict({"qformer/0/query": made}), host, resora)
     x = torch.randn(ROWS, TOKENS, D_IN, generator=draw, requires_grad=True)
     with records.watching():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,9 +50,12 @@ def compare(
     grid = read_grid(
         configs,
         seeds=_seeds(seeds),
-        orders=[word.strip() for word in orders.split(",") if word.strip()] or None,
+        orders=[word.strip() for word in orders.split(",")] if orders else None,
         reference=reference or None,
     )
+    given = {"--seeds": seeds, "--orders": orders, "--reference": reference, "--out": out}
+    options = [str(word) for pair in given.items() if pair[1] for word in pair]
+    grid = replace(grid, command=shlex.join(["evolora", "compare", *map(str, configs), *options]))
     folder = out or Path("runs") / configs[0].stem
     value = run_comparison(grid, folder, make_engine(engine, workers), progress=not quiet)
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from evolora.evaluation.tally import Evaluation
 from evolora.methods.answers import Objective
 from evolora.methods.base import Method
 from evolora.registry import METHODS
-from evolora.storage.state import export_state, load_state
+from evolora.storage.state import all_or_nothing
 from evolora.streams.sampling import image_folder
 from evolora.streams.task import Examples, LabelSpace, Subset, Task
 from evolora.training.batches import Share, TrainingBatches, evaluation_batches, in_turn
@@ -161,7 +160,7 @@ class Learner:
             progress: where an interrupted learning of this task stopped (it is allocated then).
             save: called at checkpoints with (steps done, optimizer state).
         """
-        with self._all_or_nothing():
+        with all_or_nothing(self.method, self.costs):
             if progress is None:
                 self.begin(task)
             index = len(self.task_names) - 1
@@ -198,7 +197,7 @@ class Learner:
             )
         if not tasks:
             raise ConfigError("learn_jointly needs at least one task; got none")
-        with self._all_or_nothing():
+        with all_or_nothing(self.method, self.costs):
             if progress is None:
                 for task in tasks:
                     self.begin(task)
@@ -212,19 +211,6 @@ class Learner:
             self.method.finish_task()
             self._settle()
         return loss
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Put the method back to what it was if learning breaks off: half a task is none."""
-        before = {name: value.clone() for name, value in export_state(self.method).items()}
-        tasks, costs = len(self.task_names), len(self.costs)
-        try:
-            yield
-        except BaseException:
-            load_state(self.method, before)
-            del self.task_names[tasks:], self.method.labels[tasks:], self.costs[costs:]
-            self.method.eval()
-            raise
 
     def _task_run(
         self,

@@ -70,7 +70,7 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         self._load()
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def names(self) -> list[str]:
         """Return every registered name, sorted."""

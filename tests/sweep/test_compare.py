@@ -23,7 +23,8 @@ streams:
 methods:
   - zero-shot
   - linear-probe
-  - {name: low, method: {type: sequential-lora, r: 2, target_modules: [q_proj]}}
+  - {name: low, method: {type: sequential-lora, r: 2, target_modules: [q_proj]},
+     training: {max_steps: 12}}
 seeds: 2
 """
 
@@ -64,15 +65,24 @@ def until(condition: Any, seconds: float = 200) -> None:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison of six cells that was killed in the middle."""
+    """A comparison of six cells that was killed in the middle of the third."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "grid.yaml").write_text(FILE)
     process = start(folder)
-    until(lambda: len(finished(folder)) >= 2 or process.poll() is not None)
+    cells = folder / "out/cells/small/low"
+    half = "*/checkpoints/001-000000/state.json"
+    until(lambda: bool(list(cells.glob(half))) or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     until(lambda: not alive_in(folder))
     return folder
+
+
+def learned(folder: Path) -> list[dict[str, Any]]:
+    """Tasks that the third cell has learned, with the seconds that they took, from its log."""
+    (log,) = folder.glob("out/cells/small/low/default-0-*/log.jsonl")
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    return [event for event in events if event["event"] == "task"]
 
 
 def alive_in(folder: Path) -> list[int]:
@@ -89,7 +99,13 @@ def alive_in(folder: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def again(killed: Path) -> tuple[dict[Path, int], dict[Path, int], dict[str, Any]]:
+def half_way(killed: Path) -> list[dict[str, Any]]:
+    """What the third cell had learned when it was killed."""
+    return learned(killed)
+
+
+@pytest.fixture(scope="module")
+def again(killed: Path, half_way: Any) -> tuple[dict[Path, int], dict[Path, int], dict[str, Any]]:
     """Finished cells before and after a second start, and its result."""
     before = finished(killed)
     code, value, err = finish(start(killed))
@@ -106,6 +122,15 @@ def test_killed_and_started_again_repeats_no_finished_cell(
     assert {path: after[path] for path in before} == before
     assert value["finished"]
     assert [cell["state"] for cell in value["cells"]] == ["finished"] * 6
+
+
+def test_the_cell_that_broke_off_goes_on_from_its_checkpoint(
+    killed: Path, half_way: list[dict[str, Any]], again: Any
+) -> None:
+    assert [event["task"] for event in half_way] == ["digits"]
+    whole = learned(killed)
+    assert [event["task"] for event in whole] == ["digits", "flags"]
+    assert whole[0] == half_way[0]  # to the millisecond: it was not learned again
 
 
 def test_a_finished_comparison_is_only_read(killed: Path, again: Any) -> None:
@@ -165,7 +190,7 @@ def test_an_interrupted_comparison_leaves_its_result_and_no_process(tmp_path: Pa
     (tmp_path / "grid.yaml").write_text(FILE.replace("seeds: 2", "seeds: 20"))
     process = start(tmp_path)
     until(lambda: bool(finished(tmp_path)) or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal tells all of them
     code, _, err = finish(process)
     assert code == 130
     assert "interrupted" in err and "Traceback" not in err

@@ -159,6 +159,34 @@ def test_configurations_of_runs_are_compared_where_their_stream_is_the_same(tmp_
         ({"metric": "lats"}, "did you mean 'last'"),
         ({"reference": "nobody"}, "unknown method 'nobody'"),
         ({"seed": 3}, "did you mean 'seeds'"),
+        ({"seeds": [0, 2, 0]}, "seeds: 0 is given twice"),
+        ({"orders": ["reversed", "reversed"]}, "orders: reversed is given twice"),
+        ({"methods": [{"method": "ewc", "streams": []}]}, "expected a list of streams; got []"),
+        ({"methods": [{"method": "ewc", "streams": [[]]}]}, "unknown stream '[]'"),
+        ({"methods": [{"method": "ewc", "on": ["one"]}]}, "a mapping of streams to sections"),
+        ({"methods": [{"method": 3}]}, "needs a name, or a method with a type"),
+        ({"streams": {"x": {"stream": {"name": ["a"]}}}}, "unknown stream"),
+        (
+            {"streams": {"x": {"stream": "mosaic/domains", "orders": 3}}},
+            "names with lists of tasks",
+        ),
+        (
+            {
+                "streams": {
+                    "x": {"stream": {"name": "mosaic/domains", "order": ["flags", "flaggs"]}}
+                },
+                "methods": ["zero-shot"],
+            },
+            "did you mean 'flags'",
+        ),
+        (
+            {
+                "streams": {"x": {"stream": "mosaic/domains", "orders": {"own": ["digit"]}}},
+                "orders": ["own"],
+                "methods": ["zero-shot"],
+            },
+            "did you mean 'digits'",
+        ),
     ],
 )
 def test_a_fault_is_named_with_its_place(tmp_path: Path, change: Any, told: str) -> None:

@@ -112,7 +112,6 @@ class Method(nn.Module):
     def begin_task(self, name: str, labels: LabelSpace, modalities: Sequence[str] = ()) -> None:
         """Take up a new task: allocate its experts, trainable."""
         check_labels(self.backbone, labels)
-        del self.task_modalities[len(self.labels) :]  # of a task that broke off
         self.task_names.append(name)
         self.labels.append(labels)
         self.task_modalities.append(tuple(modalities))

@@ -81,10 +81,10 @@ def _faults(recipe: RecipeConfig) -> Iterator[str]:
             f"selector.helper adds the experts of a second task, which gate {gate.type!r} does "
             "not: use helper none, or gate own"
         )
-    if kind == "modality" and recipe.sites.type not in ("q-former", "linear"):
+    if kind == "modality" and recipe.sites.type == "mlp":
         yield (
-            f"sites {recipe.sites.type!r} do not tell modalities apart: use sites q-former, or "
-            "linear in its towers"
+            "sites 'mlp' do not tell modalities apart: use sites q-former, or linear, attention or "
+            "qkv in its towers"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +15,9 @@ from evolora.experts.usage import UsageCounter
 from evolora.methods.reservoir import Reservoir
 from evolora.regularizers.elastic import ElasticMemory
 from evolora.routing.gates import TaskRouters
+
+if TYPE_CHECKING:
+    from evolora.methods.base import Method
 
 GROWING = (GrowingStack, UsageCounter, TaskRouters, ElasticMemory, Reservoir, Allocator)
 """Modules whose tensors may have more rows (their first axis) than this method's have yet."""
@@ -46,6 +51,27 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for submodule in module.modules():
         if isinstance(submodule, TaskRouters):
             submodule.experts = submodule.gate.shape[-1]
+
+
+@contextmanager
+def all_or_nothing(method: Method, *kept: list[Any]) -> Iterator[None]:
+    """Put a method back to what it was if the block breaks off: half a task is none.
+
+    Args:
+        method: that learns in the block.
+        kept: further lists that the block makes longer; they are cut again.
+    """
+    before = {name: value.clone() for name, value in export_state(method).items()}
+    lists: list[list[Any]] = [method.task_names, method.labels, method.task_modalities, *kept]
+    lengths = [len(one) for one in lists]
+    try:
+        yield
+    except BaseException:
+        load_state(method, before)
+        for one, length in zip(lists, lengths, strict=True):
+            del one[length:]
+        method.eval()
+        raise
 
 
 def _check_shapes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -124,6 +124,8 @@ def balanced(labels: Sequence[Label], limit: int, rng: torch.Generator) -> list[
     Below one per class, the classes that get a row are drawn at random. Rows keep their order.
     Samples with several labels: the rule of `evolora.streams.multi_label.balanced_rows`.
     """
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise StreamError(f"limit must be a whole number; got {limit!r}")
     if limit < 1:
         raise StreamError(f"limit must be at least 1; got {limit}")
     if limit >= len(labels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def run_comparison(
     Raises:
         StorageError: the folder cannot be written, or is in use.
     """
-    with locked(out, "comparison"):
+    with closing(engine), locked(out, "comparison"):
         job = _Job(grid, out, engine)
         try:
             with terminal_progress(progress) as bars:

@@ -60,6 +60,7 @@ class Grid:
         metric: main metric: it ranks, and says which method is best.
         reference: method that differences are taken from, or "best": of each stream.
         cells: seed after seed, so that an interrupted comparison has whole seeds.
+        command: what was typed to get it; its page says so.
     """
 
     title: str
@@ -70,3 +71,4 @@ class Grid:
     metric: str
     reference: str
     cells: tuple[Cell, ...]
+    command: str = ""

@@ -15,7 +15,7 @@ from typing import Any
 
 from evolora.config import RunConfig, load_stream, parse_config
 from evolora.config_text import SECTIONS, SHORT, read_yaml
-from evolora.errors import ConfigError, suggest, unknown_name
+from evolora.errors import ConfigError, EvoloraError, suggest, unknown_name
 from evolora.registry import STREAMS
 from evolora.sweep.grid import BEST, DEFAULT_ORDER, REVERSED, SHUFFLED, Cell, Grid
 
@@ -123,6 +123,8 @@ class _Reader:
         lists = {
             (name, order): self._order(streams[name], order) for name in streams for order in orders
         }
+        for name in streams:
+            self._tasks(streams[name], [lists[name, order] for order in orders], name)
         self._stop()
         cells = tuple(
             Cell(
@@ -165,6 +167,9 @@ class _Reader:
                 self._fault(f"{where}: expected a mapping of sections; got {section!r}")
                 continue
             self._known(section, (*SHARED, "orders"), where)
+            if not _are_lists(own := section.get("orders", {})):
+                self._fault(f"{where}.orders: expected names with lists of tasks; got {own!r}")
+                continue
             stream = _long(section).get("stream")
             if not isinstance(stream, Mapping) or stream.get("name") not in STREAMS:
                 got = stream.get("name") if isinstance(stream, Mapping) else stream
@@ -190,28 +195,41 @@ class _Reader:
             self._known(entry, (*SHARED, "name", "streams", "on"), where)
             entry = _long(entry)
             method = entry.get("method")
-            name = str(entry.get("name") or (method or {}).get("type") or "")
+            kind = method.get("type") if isinstance(method, Mapping) else None
+            name = str(entry.get("name") or kind or "")
             if not name:
                 self._fault(f"{where}: needs a name, or a method with a type")
                 continue
             self._name(name, where)
             if name in found:
                 self._fault(f"{where}: a second method {name!r}; give it a name of its own")
-            for key in ("streams", "on"):
-                for stream in entry.get(key, ()):
-                    if stream not in streams:
-                        self._fault(
-                            f"{where}.{key}: {unknown_name('stream', str(stream), streams)}"
-                        )
+            self._check_streams(entry, streams, where)
             found[name] = entry
         return found
+
+    def _check_streams(
+        self, entry: Mapping[str, Any], streams: Mapping[str, Any], where: str
+    ) -> None:
+        """Note what is wrong with the streams that a method's entry names."""
+        only, on = entry.get("streams"), entry.get("on", {})
+        if "streams" in entry and not (isinstance(only, list) and only):
+            self._fault(f"{where}.streams: expected a list of streams; got {only!r}")
+            only = None
+        if not isinstance(on, Mapping) or not all(isinstance(o, Mapping) for o in on.values()):
+            self._fault(f"{where}.on: expected a mapping of streams to sections; got {on!r}")
+            on = {}
+        for key, names in (("streams", only or ()), ("on", on)):
+            for name in names:
+                if str(name) not in streams:
+                    self._fault(f"{where}.{key}: {unknown_name('stream', str(name), streams)}")
 
     def _seeds(self, given: Any) -> tuple[int, ...]:
         if isinstance(given, int) and not isinstance(given, bool) and given > 0:
             return tuple(range(given))
         listed = isinstance(given, list | tuple) and bool(given)
         if listed and all(isinstance(one, int) and not isinstance(one, bool) for one in given):
-            return tuple(dict.fromkeys(given))
+            self._once("seeds", given)
+            return tuple(given)
         self._fault(f"seeds: expected their number, at least 1, or a list of them; got {given!r}")
         return ()
 
@@ -221,9 +239,15 @@ class _Reader:
         if isinstance(given, list | tuple) and given and all(isinstance(one, str) for one in given):
             for name in given:
                 self._name(name, "orders")
-            return tuple(dict.fromkeys(given))
+            self._once("orders", given)
+            return tuple(given)
         self._fault(f"orders: expected a list of names; got {given!r}")
         return ()
+
+    def _once(self, key: str, given: Sequence[Any]) -> None:
+        """Note what a list names twice: one cell would count as two."""
+        for one in dict.fromkeys(one for one in given if list(given).count(one) > 1):
+            self._fault(f"{key}: {one} is given twice")
 
     def _judged(self, methods: Mapping[str, Any]) -> tuple[str, str]:
         from evolora.evaluation.metrics import DEFINITIONS
@@ -241,10 +265,7 @@ class _Reader:
     ) -> Any:
         """Return the configuration of a pair's runs; None with its faults noted."""
         value = {key: part for key, part in section.items() if key in SHARED}
-        for over in (entry, entry.get("on", {}).get(stream) or {}):
-            if not isinstance(over, Mapping):
-                self._fault(f"on.{stream}: expected a mapping of sections", method)
-                continue
+        for over in (entry, entry.get("on", {}).get(stream, {})):
             value = merged(value, {k: v for k, v in _long(over).items() if k in SHARED})
         try:
             return parse_config({**value, "name": method}, source="")
@@ -256,7 +277,7 @@ class _Reader:
         """Return the task names of an order of a stream; None of its own order."""
         if order == DEFAULT_ORDER:
             return None
-        own = section.get("orders") or {}
+        own = section.get("orders", {})
         if order in own:
             return list(own[order])
         if order == REVERSED or re.fullmatch(rf"{SHUFFLED}\d+", order):
@@ -264,6 +285,21 @@ class _Reader:
         known = (DEFAULT_ORDER, REVERSED, f"{SHUFFLED}0", *own)
         self._fault(f"orders: {unknown_name('order', order, known)}", section["stream"]["name"])
         return None
+
+    def _tasks(
+        self, section: Mapping[str, Any], orders: Sequence[list[str] | None], name: str
+    ) -> None:
+        """Note what is wrong with orders of tasks that were given as lists."""
+        for order in orders:
+            options = _with_seed({k: v for k, v in section["stream"].items() if k != "name"}, 0)
+            if order is not None:
+                options["order"] = order
+            if "order" not in options:
+                continue  # its own, and its data may be on other machines alone
+            try:
+                load_stream(str(section["stream"]["name"]), **options)
+            except EvoloraError as error:
+                self._fault(str(error), name)
 
     # -- faults ----------------------------------------------------------------------------------
 
@@ -312,6 +348,14 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = copy.deepcopy(value)
     return result
+
+
+def _are_lists(orders: Any) -> bool:
+    """Return whether these are orders of tasks by name, as a stream's section may have them."""
+    return isinstance(orders, Mapping) and all(
+        isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)
+        for tasks in orders.values()
+    )
 
 
 def _long(sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def comparison_of(grid: Grid, results: Sequence[CellResult]) -> dict[str, Any]:
     return {
         "format_version": FORMAT,
         "title": grid.title,
+        "command": grid.command,
         "finished": all(result.state in ("finished", "not applicable") for result in results),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(sum(result.scores.get("seconds", 0.0) for result in results), 3),

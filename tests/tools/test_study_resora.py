@@ -147,10 +147,10 @@ def test_conditions_choose_on_the_tuning_seeds_and_are_tested_once(tmp_path: Pat
     tests = [one for one in done if one.stage == "test"]
     assert len(tests) == 5 * len(CONDITIONS) and {one.rate for one in tests} == {RATES[1]}
     assert {one.strength for one in tests if one.condition == "w_cos"} == {0.1}
-    assert {one.strength for one in tests if one.condition == DROP} == {0.1}
+    assert {one.strength for one in tests if one.condition == DROP} == {0.05}
     tries = [one for one in done if one.stage == "strength"]
     counts = {name: sum(one.condition == name for one in tries) for name in CONDITIONS}
-    assert set(counts.values()) == {6}, "as many tries for each"
+    assert set(counts.values()) == {8}, "as many tries for each"
     assert {one.seed for one in tries} == set(cells.TUNING_SEEDS)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from evolora.bench import BENCHES
 from evolora.cli_compare import compare, report_comparison
 from evolora.cli_data import data_app
 from evolora.cli_eval import evaluate
@@ -303,7 +304,7 @@ app.add_typer(data_app, name="data")
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="tower, layer, train, serve, route, data or all")],
+    name: Annotated[str, typer.Argument(help=f"{', '.join(BENCHES)} or all")],
     quick: Annotated[bool, typer.Option("--quick", help="small sizes, under 2 minutes")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="exit code 1 when a goal is missed by more than 25 %")

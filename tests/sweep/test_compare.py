@@ -39,6 +39,8 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # what started the tests in the background may have had it ignored, and children inherit it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -201,7 +203,7 @@ def test_an_interrupted_comparison_leaves_its_result_and_no_process(tmp_path: Pa
 
 
 def test_two_comparisons_in_one_folder_at_once_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "grid.yaml").write_text(FILE)
+    (tmp_path / "grid.yaml").write_text(FILE.replace("seeds: 2", "seeds: 20"))  # still at it
     first = start(tmp_path)
     try:
         until(lambda: (tmp_path / "out" / ".lock").exists())

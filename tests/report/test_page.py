@@ -131,6 +131,21 @@ def test_joint_training_is_shown_at_the_last_task_under_its_own_name(make_run, t
     assert "joint-lora (3: 393 k)" in text
 
 
+def test_a_pool_that_grew_is_shown_with_what_was_there_at_each_task(make_run, tmp_path):
+    folder = make_run("moe-adapters", tasks=("a", "b"))
+    experts = {"vision": {"tasks": {"a": [[3, 1]], "b": [[1, 1, 2]]}, "frozen": [[0]]}}
+    routing = {"format_version": 1, "after": [], "experts": experts}
+    (folder / "routing.json").write_text(json.dumps(routing))
+    text = page_of([folder], tmp_path)
+    check(text)
+    assert "a, expert 0 (frozen): 75.0 % of selections" in text
+    assert "b, expert 2: 50.0 % of selections" in text and text.count('class="none"') == 1
+    experts["vision"]["tasks"]["b"].append([1])
+    (folder / "routing.json").write_text(json.dumps(routing))
+    with pytest.raises(StorageError, match="tasks with different layers"):
+        RunRecord.load(folder)
+
+
 def test_a_file_that_cannot_be_written_is_named(make_run, tmp_path):
     (tmp_path / "file").write_text("")
     record = RunRecord.load(make_run("lora", tasks=("a", "b")))

@@ -176,10 +176,11 @@ def expert_maps(record: RunRecord) -> list[tuple[str, list[str]]]:
 def _expert_map(
     tower: str, layer: int, names: Sequence[str], counts: list[list[int]], frozen: frozenset[int]
 ) -> str:
+    number = max(len(row) for row in counts)  # a pool may have grown since the first task
     shares: list[list[Cell]] = [
-        [count / sum(row) for count in row] if sum(row) else [None] * len(row) for row in counts
+        [*(count / sum(row) if sum(row) else None for count in row), *[None] * (number - len(row))]
+        for row in counts
     ]
-    number = len(counts[0])
 
     def hover(i: int, j: int) -> str:
         state = " (frozen)" if j in frozen else ""
